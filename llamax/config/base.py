@@ -1,0 +1,41 @@
+"""The base of every config object: frozen, strict, hashable by value."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Frozen(BaseModel):
+    """Immutable config data. Unknown keys and wrong types are errors; equality and hash are by value."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        ignored_types=(functools.cached_property,),
+    )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The resolved config as plain JSON-compatible data, defaults included."""
+        return self.model_dump(mode="json")
+
+    def canonical(self) -> str:
+        """One line of JSON with sorted keys: equal configs have equal text."""
+        return json.dumps(self.as_dict(), sort_keys=True, separators=(",", ":"))
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical text, in hex."""
+        return hashlib.sha256(self.canonical().encode()).hexdigest()
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(self.canonical())
+
+    def __hash__(self) -> int:  # segments hold dicts of overrides, which pydantic's own hash refuses
+        return self._hash

@@ -1,0 +1,174 @@
+"""Names, files and overrides in, one validated config out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from llamax.config.base import Frozen
+from llamax.config.files import find, read_yaml, shipped, unknown
+from llamax.config.ladder import ladder_model, ladder_names
+from llamax.config.merge import apply_override, merge, parse_override
+from llamax.config.model import ModelConfig
+from llamax.config.run import Corpus, RunConfig
+from llamax.errors import UserError
+
+C = TypeVar("C", bound=Frozen)
+_RUN_DEFAULTS: dict[str, Any] = {"optimizer": {"kind": "adamw"}, "data": {"tokenizer": {"kind": "bytes"}}}
+_MODEL_DEFAULTS: dict[str, Any] = {"norm": {"kind": "rmsnorm"}}
+
+
+def validate(cls: type[C], data: Any, where: str) -> C:
+    """`data` as a `cls`, or one message that lists each wrong field with its value.
+
+    Raises:
+        UserError: unknown key, wrong type, impossible combination.
+    """
+    try:
+        return cls.model_validate_json(_json(data))  # JSON mode: strict, yet lists become tuples and 1 a float
+    except ValidationError as error:
+        lines = [_explain(cls, e) for e in error.errors(include_url=False)]
+        raise UserError("\n".join(f"{where}: {line}" for line in lines)) from None
+
+
+def load_run(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """A run config from a shipped name (`tiny`) or a YAML path, with `a.b.c=value` overrides.
+
+    Raises:
+        UserError: unknown name, bad YAML, bad override, or an invalid config.
+    """
+    path = find("train", str(name), "config")
+    data = read_yaml(path)
+    return run_from_data(data, overrides, where=str(name))
+
+
+def run_from_data(data: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "config") -> RunConfig:
+    """A run config from plain data as a file holds it; `base:` names a config it starts from, `model:` may be a name."""
+    parsed = [parse_override(text) for text in overrides]
+    choose = [item for item in parsed if item[0] in (("base",), ("model",), ("model", "base"))]
+    adjust = [item for item in parsed if item not in choose]
+    data = dict(data)
+    for keys, value in choose:
+        data = apply_override(data, keys, value)
+    data = merge(_RUN_DEFAULTS, _resolve_base(data, where))
+    if "model" in data:
+        data["model"] = model_data(data["model"])
+    for keys, value in adjust:
+        if keys[0] == "train" and len(keys) == 2 and keys[1] in ("steps", "tokens", "tokens_per_param", "flops"):
+            data = _replace_horizon(data, keys[1], [k[1] for k, v in adjust if k[0] == "train" and len(k) == 2 and v is not None])
+        data = apply_override(data, keys, value)
+    return validate(RunConfig, data, where)
+
+
+def _replace_horizon(data: dict[str, Any], name: str, given: list[str]) -> dict[str, Any]:
+    """Setting one horizon on the command line takes the place of the file's; two on the command line stay an error."""
+    train = {k: v for k, v in data.get("train", {}).items() if k in given or k not in ("steps", "tokens", "tokens_per_param", "flops")}
+    return {**data, "train": train}
+
+
+def _resolve_base(data: dict[str, Any], where: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    base = data.pop("base", None)
+    if base is None:
+        return data
+    if base in seen:
+        raise UserError(f"{where}: base {base!r} leads back to itself; remove the loop {' -> '.join((*seen, base))}")
+    below = _resolve_base(read_yaml(find("train", str(base), "config")), str(base), (*seen, base))
+    if isinstance(below.get("model"), str) and isinstance(data.get("model"), Mapping):
+        below["model"] = {"base": below["model"]}
+    if isinstance(data.get("model"), Mapping) and "base" in data["model"]:
+        below.pop("model", None)
+    if any(horizon in data.get("train", {}) for horizon in ("steps", "tokens", "tokens_per_param", "flops")):
+        below = _replace_horizon(below, "", [])
+    return merge(below, data)
+
+
+# ---------------------------------------------------------------- models
+def model_data(model: Any) -> dict[str, Any]:
+    """Plain model data from a name, or from a mapping whose `base:` is a name."""
+    if isinstance(model, str):
+        model = {"base": model}
+    if not isinstance(model, Mapping):
+        raise UserError(f"model: expected a name such as llama3/8b or a mapping, found {model!r}")
+    own = dict(model)
+    base = own.pop("base", None)
+    below = merge(_MODEL_DEFAULTS, named_model(base)) if base is not None else _MODEL_DEFAULTS
+    return merge(below, own)
+
+
+def named_model(name: str) -> dict[str, Any]:
+    """The data of one shipped model: `ladder/d64`, `llama3/8b`.
+
+    Raises:
+        UserError: unknown family or size.
+    """
+    data = ladder_model(name)
+    if data is not None:
+        return data
+    family, _, size = name.partition("/")
+    if family in shipped("models"):
+        card = read_yaml(shipped("models")[family])
+        if size in card["sizes"]:
+            return merge(card.get("model", {}), card["sizes"][size].get("model", {}))
+    raise UserError(unknown("model", name, model_names()))
+
+
+def model_names() -> list[str]:
+    """Every shipped model, `family/size`, ladders last."""
+    families = [f"{family}/{size}" for family, path in shipped("models").items() for size in read_yaml(path)["sizes"]]
+    return families + ladder_names()
+
+
+def load_model(name: str) -> ModelConfig:
+    """One shipped model by name. Raises UserError if it is not known."""
+    return validate(ModelConfig, model_data(name), name)
+
+
+def load_corpus(name: str) -> Corpus:
+    """A corpus by name (configs/corpora) or YAML path. Raises UserError."""
+    return validate(Corpus, read_yaml(find("corpora", name, "corpus")), name)
+
+
+def dump_yaml(config: Frozen) -> str:
+    """The resolved config as YAML, every field present, in the order the sections are declared."""
+    return yaml.safe_dump(config.as_dict(), sort_keys=False, width=100)
+
+
+def diff(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """The dotted fields in which two resolved configs differ, with both values (None where absent)."""
+    rows: list[tuple[str, Any, Any]] = []
+    for key in [*a, *(k for k in b if k not in a)]:
+        left, right, path = a.get(key), b.get(key), f"{prefix}{key}"
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            rows += diff(left, right, path + ".")
+        elif left != right:
+            rows.append((path, left, right))
+    return rows
+
+
+# ---------------------------------------------------------------- messages
+def _json(data: Any) -> str:
+    import json
+
+    try:
+        return json.dumps(data, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config: a value is not plain data ({error}); use numbers, text, lists and mappings") from None
+
+
+def _explain(cls: type[Frozen], error: Any) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    value, kind = error.get("input"), error["type"]
+    if kind == "extra_forbidden":
+        return f"unknown field {path} = {value!r}; remove it or check its spelling"
+    if kind == "missing":
+        return f"{path} is missing; give it a value"
+    if kind == "value_error":
+        return f"{path + ': ' if path else ''}{error['ctx']['error']}"
+    if kind == "union_tag_invalid":
+        return f"{path}.kind = {error['ctx']['tag']!r} is not one of {error['ctx']['expected_tags']}"
+    shown = "" if isinstance(value, dict) else f" = {value!r}"
+    return f"{path}{shown}: {error['msg'].lower()}"

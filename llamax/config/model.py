@@ -1,0 +1,130 @@
+"""What a model is: one transformer over component unions, as a list of segments of blocks."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from llamax.config.base import Frozen
+from llamax.config.components import Attention, Init, Mlp, Norm, Position, RMSNorm
+from llamax.config.merge import merge
+
+
+class Block(Frozen):
+    """One resolved decoder block: what a layer is made of.
+
+    `placement`: `pre` x + f(norm(x)); `post` norm(x + f(x)); `sandwich` x + norm(f(norm(x))) (Gemma 2).
+    `residual`: `sequential` attention then mlp; `parallel` both read one shared norm (GPT-J, Cohere).
+    """
+
+    attention: Attention
+    position: Position
+    mlp: Mlp
+    norm: Norm
+    placement: Literal["pre", "post", "sandwich"]
+    residual: Literal["sequential", "parallel"]
+
+
+class Segment(Frozen):
+    """`repeat` copies of a `unit` of blocks; the unit is unrolled, the repeats are scanned.
+
+    Each entry of `unit` is a partial block merged over the model's own (`{}` is the model's block unchanged).
+    """
+
+    repeat: PositiveInt
+    unit: tuple[dict[str, Any], ...] = ({},)
+
+    @field_validator("unit", mode="before")
+    @classmethod
+    def _tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class Embedding(Frozen):
+    """The input table. `scale` multiplies its output: `sqrt_d_model` as in Gemma, `none` otherwise."""
+
+    scale: Literal["none", "sqrt_d_model"] = "none"
+
+
+class Head(Frozen):
+    """The output projection: tied to the embedding or its own; `softcap` as in Gemma 2."""
+
+    tied: bool = False
+    bias: bool = False
+    softcap: PositiveFloat | None = None
+
+
+class ModelConfig(Frozen):
+    """A decoder-only transformer.
+
+    `attention` ... `residual` describe the model's block; `segments` says how many and where one differs.
+    `attention.kv_heads` defaults to `heads`, `attention.head_dim` to d_model / heads.
+    """
+
+    vocab_size: PositiveInt
+    d_model: PositiveInt
+    max_seq_len: PositiveInt = 2048
+    segments: tuple[Segment, ...] = Field(min_length=1)
+    attention: Attention
+    position: Position
+    mlp: Mlp
+    norm: Norm = RMSNorm()
+    placement: Literal["pre", "post", "sandwich"] = "pre"
+    residual: Literal["sequential", "parallel"] = "sequential"
+    embedding: Embedding = Embedding()
+    head: Head = Head()
+    init: Init = Init()
+
+    @field_validator("segments", mode="before")
+    @classmethod
+    def _tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derive_heads(cls, data: Any) -> Any:
+        attention = data.get("attention") if isinstance(data, dict) else None
+        if not isinstance(attention, dict) or not isinstance(attention.get("heads"), int) or attention["heads"] < 1:
+            return data
+        derived = {"kv_heads": attention["heads"]}
+        if attention.get("head_dim") is None:
+            d_model, heads = data.get("d_model"), attention["heads"]
+            if isinstance(d_model, int) and d_model % heads:
+                raise ValueError(f"d_model={d_model} is not a multiple of attention.heads={heads}; change one or give attention.head_dim")
+            if isinstance(d_model, int):
+                derived["head_dim"] = d_model // heads
+        given = {k: v for k, v in attention.items() if v is not None or k not in derived}
+        return {**data, "attention": {**derived, **given}}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        for block in (b for _, unit in self.blocks for b in unit):
+            if block.residual == "parallel" and block.placement != "pre":
+                raise ValueError(f"residual=parallel needs placement=pre, not {block.placement}")
+            if block.position.kind in ("learned", "sinusoidal") and block.position != self.position:
+                raise ValueError(
+                    f"position.kind={block.position.kind} is added to the embedding, so it is the whole model's: "
+                    "set it on model.position, not inside a segment"
+                )
+            if block.position.kind == "rope" and int(block.attention.head_dim * block.position.fraction) % 2:
+                raise ValueError(
+                    f"rotary width {int(block.attention.head_dim * block.position.fraction)} (head_dim x fraction) is odd; "
+                    "choose an even one"
+                )
+        return self
+
+    @functools.cached_property
+    def blocks(self) -> tuple[tuple[int, tuple[Block, ...]], ...]:
+        """The resolved stack: (repeat, unit of blocks) a segment."""
+        own = {name: getattr(self, name).as_dict() for name in ("attention", "position", "mlp", "norm")}
+        own |= {"placement": self.placement, "residual": self.residual}
+        return tuple(
+            (segment.repeat, tuple(Block.model_validate(merge(own, part)) for part in segment.unit)) for segment in self.segments
+        )
+
+    @property
+    def layers(self) -> tuple[Block, ...]:
+        """Every block from input to output, in order."""
+        return tuple(block for repeat, unit in self.blocks for _ in range(repeat) for block in unit)

@@ -1,0 +1,151 @@
+"""The Chinchilla law L(N, D) = E + A / N^alpha + B / D^beta, and the allocation of compute that minimises it.
+
+Source: Hoffmann et al. 2022, arXiv:2203.15556, section 3.3 and equation 4. N parameters, D tokens, C FLOPs, loss in
+nats per token. The parameter-count and FLOP conventions are whatever the caller's columns used; nothing here converts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from llamax.errors import UserError
+
+Number = float | int | np.ndarray  # one value, or one per bootstrap draw / run; shapes broadcast
+
+
+@dataclass(frozen=True)
+class ChinchillaLaw:
+    """Parameters of L(N, D) = E + A / N^alpha + B / D^beta; E in nats per token. Fields may be arrays `[draws]`."""
+
+    E: Number
+    A: Number
+    B: Number
+    alpha: Number
+    beta: Number
+
+    def loss(self, n: Number, d: Number) -> Number:
+        """Loss in nats per token at `n` parameters and `d` tokens (numbers or arrays that broadcast)."""
+        return self.E + self.A * n ** -(1.0 * self.alpha) + self.B * d ** -(1.0 * self.beta)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The five parameters by name: plain floats (lists when the fields are arrays)."""
+        return {name: plain(value) for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Training FLOPs of a run: C = coefficient · N^n_exponent · D. The default is the usual C = 6 N D.
+
+    The exponent absorbs conventions in which FLOPs per token are not proportional to N (attention, embeddings); with it
+    the optimal allocation is still a closed form.
+    """
+
+    coefficient: float = 6.0
+    n_exponent: float = 1.0
+
+    def flops(self, n: Number, d: Number) -> Number:
+        """Training FLOPs of `n` parameters on `d` tokens."""
+        return self.coefficient * n ** (1.0 * self.n_exponent) * d
+
+    def tokens(self, flops: float, n: Number) -> Number:
+        """Tokens that `flops` buys for a model of `n` parameters."""
+        return flops / (self.coefficient * n ** (1.0 * self.n_exponent))
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Where a compute budget is best spent: `n` parameters, `d` tokens, the loss there (nats per token)."""
+
+    flops: float
+    n: Number
+    d: Number
+    loss: Number
+
+    @property
+    def tokens_per_param(self) -> Number:
+        return self.d / self.n
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain floats under `flops, n, d, loss, tokens_per_param`."""
+        return {name: plain(value) for name, value in asdict(self).items()} | {
+            "tokens_per_param": plain(self.tokens_per_param)
+        }
+
+
+def optimal_allocation(law: ChinchillaLaw, flops: float, cost: Cost = Cost()) -> Allocation:  # noqa: RUF009
+    """Minimum of the law on the curve cost.flops(N, D) = flops, in closed form.
+
+    Setting the derivative along the curve to zero gives N^(alpha + s·beta) = alpha·A / (s·beta·B) · (C / k)^beta for a cost
+    k·N^s·D; with s = 1 this is equation 4 of arXiv:2203.15556. Works on arrays of parameters (bootstrap draws).
+    Raises UserError when `flops` is not a positive number.
+    """
+    _check_flops(flops)
+    s, budget = cost.n_exponent, flops / cost.coefficient
+    # In logs: B and D^beta overflow nothing even for bootstrap draws with B = e^60.
+    log_ratio = np.log(law.alpha * law.A) - np.log(s * law.beta * law.B)
+    n = np.exp((log_ratio + law.beta * math.log(budget)) / (law.alpha + s * law.beta))
+    d = cost.tokens(flops, n)
+    return Allocation(float(flops), n, d, law.loss(n, d))
+
+
+def optimal_allocation_under(
+    law: ChinchillaLaw, flops: float, flops_per_token: Callable[[float], float], n_range: tuple[float, float] = (1e2, 1e14)
+) -> Allocation:
+    """Minimum of the law when a token costs `flops_per_token(n)` training FLOPs: any convention, one scalar search.
+
+    Searches log N over `n_range` on a grid of 400 and refines the best cell, so a cost that is only roughly smooth is fine.
+    Raises UserError when `flops` is not positive or the minimum lies at an end of `n_range`.
+    """
+    from scipy.optimize import minimize_scalar
+
+    _check_flops(flops)
+
+    def loss_at(log_n: float) -> float:
+        n = math.exp(log_n)
+        return float(law.loss(n, flops / flops_per_token(n)))
+
+    grid = np.linspace(math.log(n_range[0]), math.log(n_range[1]), 400)
+    best = int(np.argmin([loss_at(x) for x in grid]))
+    if best in (0, len(grid) - 1):
+        raise UserError(f"n_range {n_range}: the optimum at {flops:.3g} FLOPs lies at its end; widen it")
+    found = minimize_scalar(loss_at, bounds=(grid[best - 1], grid[best + 1]), method="bounded", options={"xatol": 1e-10})
+    n = math.exp(float(found.x))
+    return Allocation(float(flops), n, flops / flops_per_token(n), float(found.fun))
+
+
+def fit_cost(n: np.ndarray, d: np.ndarray, flops: np.ndarray) -> tuple[Cost, float]:
+    """Cost C = k · N^s · D of measured runs, and its largest relative misfit (0.02 = one run is 2 % off the power law).
+
+    Exactly Cost(6, 1) for columns that were made with 6 N D. `n`, `d`, `flops`: `[runs]`, positive.
+    """
+    x, y = np.log(n), np.log(flops / d)
+    if np.ptp(y - x) < 1e-3 or np.ptp(x) < 1e-9:  # proportional to N: keep the exponent exactly one
+        cost = Cost(float(np.exp(np.mean(y - x))), 1.0)
+    else:
+        slope, intercept = np.polyfit(x, y, 1)
+        cost = Cost(float(np.exp(intercept)), float(slope))
+    if cost.n_exponent <= 0:
+        raise UserError(
+            f"columns n, d, flops: FLOPs per token fall as n grows (exponent {cost.n_exponent:.2f}); check that they are "
+            "parameters, tokens and training FLOPs of the same runs"
+        )
+    return cost, float(np.max(np.abs(cost.flops(n, d) / flops - 1)))
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON takes it: numpy scalars to floats, arrays to lists; not-a-number and infinities to None."""
+    if isinstance(value, np.ndarray):
+        return [plain(item) for item in value.tolist()] if value.ndim else plain(value.item())
+    if isinstance(value, (np.floating, float)):
+        return float(value) if math.isfinite(value) else None
+    return int(value) if isinstance(value, np.integer) else value
+
+
+def _check_flops(flops: float) -> None:
+    if not (math.isfinite(flops) and flops > 0):
+        raise UserError(f"flops: {flops}; give a positive number of training FLOPs")
