@@ -1,17 +1,15 @@
 """Approach 3 of Hoffmann et al. 2022 (arXiv:2203.15556, section 3.3): all runs in one parametric fit.
 
-Minimises  sum_i Huber_delta(LSE(a - alpha log N_i, b - beta log D_i, e) - log L_i)  over theta = (a, b, e, alpha, beta),
-with A = exp(a), B = exp(b), E = exp(e). The SUM, not the mean: the mean objective is so small that optimisers stop early, the
-flaw Besiroglu et al. 2024 (arXiv:2404.10102) found in the original numbers.
+Minimises  sum_i Huber_delta(LSE(a - alpha log N_i, b - beta log D_i, e) - log L_i)  over theta = (a, b, e, alpha,
+beta), with A = exp(a), B = exp(b), E = exp(e). The SUM, not the mean: the mean objective is so small that optimisers
+stop early, the flaw Besiroglu et al. 2024 (arXiv:2404.10102) found in the original numbers.
 
 The minimiser is iteratively reweighted Gauss-Newton with Levenberg-Marquardt damping, batched in numpy over starts and
 bootstrap resamples at once: a resample is a row of run weights, so hundreds of refits are one array program.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from jaxtyping import Float
@@ -28,9 +26,10 @@ TERM_FLOOR = 1e-4  # smallest part of the smallest loss that E, or a power term 
 class Approach3Fit:
     """A parametric fit with what is needed to trust it or not.
 
-    objective: the minimised sum. residuals: log measured - log fitted `[runs]`. starts / starts_at_best: how many starts were
-    tried and how many ended within 0.01 % of the best objective. bounds_hit: names of parameters at a bound. condition: condition
-    number of the column-scaled Jacobian at the optimum (1 is ideal; above 1000 parameters trade off against each other).
+    objective: the minimised sum. residuals: log measured - log fitted `[runs]`. starts / starts_at_best: how many
+    starts were tried and how many ended within 0.01 % of the best objective. bounds_hit: names of parameters at a
+    bound. condition: condition number of the column-scaled Jacobian at the optimum (1 is ideal; above 1000 parameters
+    trade off against each other).
     """
 
     law: ChinchillaLaw
@@ -51,7 +50,7 @@ class Approach3Fit:
         return np.array([np.log(law.A), np.log(law.B), np.log(law.E), law.alpha, law.beta])
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain floats; `params` holds `E, A, B, alpha, beta`; n_exponent = beta / (alpha + beta) under C proportional to N D."""
+        """Plain values; `params` is `E, A, B, alpha, beta`, n_exponent beta / (alpha + beta), for C ~ N D."""
         total = self.law.alpha + self.law.beta
         return {
             "params": self.law.as_dict(),
@@ -97,8 +96,8 @@ def fit_approach3(
 ) -> Approach3Fit:
     """Fit the Chinchilla law to runs: `n` parameters, `d` tokens, `loss` nats per token, all `[runs]` and positive.
 
-    Deterministic: the starts are a fixed grid. Raises UserError for fewer than six runs, values that are not positive and
-    finite, losses that are all equal, or `n` or `d` that never vary.
+    Deterministic: the starts are a fixed grid. Raises UserError for fewer than six runs, values that are not positive
+    and finite, losses that are all equal, or `n` or `d` that never vary.
     """
     check_runs(n, d, loss)
     problem = _Problem.of(n, d, loss, delta)
@@ -139,7 +138,9 @@ def refit(
     Returns the law with array fields `[draws]` and the objectives `[draws]`.
     """
     problem = _Problem.of(n, d, loss, fit.delta)
-    others = problem.starts(extra_starts, extra_starts // 2)[:extra_starts] if extra_starts else np.empty((0, N_PARAMETERS))
+    others = (
+        problem.starts(extra_starts, extra_starts // 2)[:extra_starts] if extra_starts else np.empty((0, N_PARAMETERS))
+    )
     starts = np.concatenate([problem.inside(fit.theta)[None], others])
     draws, k = len(weights), len(starts)
     thetas, objectives = problem.minimise(
@@ -160,8 +161,14 @@ def check_runs(n: np.ndarray, d: np.ndarray, loss: np.ndarray) -> None:
             row = int(np.argmax(bad))
             raise UserError(f"column {name}: {values[row]} in row {row}; every value must be a positive finite number")
     if len(loss) <= N_PARAMETERS:
-        raise UserError(f"data: {len(loss)} runs; the law has five parameters, so give at least six (fifteen or more is sound)")
-    for name, values, why in (("loss", loss, "nothing to fit"), ("n", n, "vary the model size"), ("d", d, "vary the tokens")):
+        raise UserError(
+            f"data: {len(loss)} runs; the law has five parameters, so give at least six (fifteen or more is sound)"
+        )
+    for name, values, why in (
+        ("loss", loss, "nothing to fit"),
+        ("n", n, "vary the model size"),
+        ("d", d, "vary the tokens"),
+    ):
         if np.ptp(values) <= 1e-12 * values.max():
             raise UserError(f"column {name}: all {len(values)} values equal {values[0]:.6g}; {why}")
 
@@ -182,7 +189,7 @@ class _Problem:
     upper: np.ndarray
 
     @classmethod
-    def of(cls, n: np.ndarray, d: np.ndarray, loss: np.ndarray, delta: float) -> _Problem:
+    def of(cls, n: np.ndarray, d: np.ndarray, loss: np.ndarray, delta: float) -> Self:
         x, y, z = np.log(n), np.log(d), np.log(loss)
         floor, ceiling = z.min() + np.log(TERM_FLOOR), z.max()
         lower = np.array([floor, floor, floor, EXPONENT_RANGE[0], EXPONENT_RANGE[0]])
@@ -207,8 +214,9 @@ class _Problem:
     def starts(self, projected: int = 16, spread: int = 16) -> np.ndarray:
         """Starting points `[projected + spread, 5]`: two fixed grids, the best of each by objective.
 
-        For given exponents the law is linear in E, A, B, so an 8 x 8 grid of exponents with a non-negative least-squares solve
-        gives near-optimal starts; the second grid spreads E, A, B by hand in case squares mislead (outliers).
+        For given exponents the law is linear in E, A, B, so an 8 x 8 grid of exponents with a non-negative
+        least-squares solve gives near-optimal starts; the second grid spreads E, A, B by hand in case squares mislead
+        (outliers).
         """
         from scipy.optimize import nnls
 
@@ -222,7 +230,9 @@ class _Problem:
                 solved.append([*np.log(np.maximum(coefficients, 1e-3 * loss.min())), alpha, beta])
         shares = np.log(loss.min() * np.array([0.02, 0.2, 0.6]))
         grid = np.stack(np.meshgrid(shares, shares, shares, exponents[::3], exponents[::3], indexing="ij"), axis=-1)
-        return np.concatenate([self._best(np.array(solved), projected), self._best(grid.reshape(-1, N_PARAMETERS), spread)])
+        return np.concatenate(
+            [self._best(np.array(solved), projected), self._best(grid.reshape(-1, N_PARAMETERS), spread)]
+        )
 
     def _best(self, candidates: np.ndarray, count: int) -> np.ndarray:
         candidates = np.clip(candidates, self.lower, self.upper)
@@ -234,9 +244,9 @@ class _Problem:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Minimise from every start `[batch, 5]` under run weights `[batch or 1, runs]`; returns thetas and objectives.
 
-        Each step solves the weighted Gauss-Newton system with Huber weights min(1, delta / |r|), damped until the objective falls;
-        a parameter at a bound whose gradient points outward is held. A start stops when ten steps together gain less than
-        `tolerance` of its objective.
+        Each step solves the weighted Gauss-Newton system with Huber weights min(1, delta / |r|), damped until the
+        objective falls; a parameter at a bound whose gradient points outward is held. A start stops when ten steps
+        together gain less than `tolerance` of its objective.
         """
         theta = np.clip(theta, self.lower, self.upper)
         weights = np.broadcast_to(weights, (len(theta), weights.shape[1]))
@@ -296,16 +306,23 @@ def _huber(residual: np.ndarray, delta: float) -> np.ndarray:
     return np.where(size <= delta, 0.5 * size**2, delta * (size - 0.5 * delta))
 
 
-def _warnings(n: np.ndarray, d: np.ndarray, starts: int, at_best: int, hit: tuple[str, ...], condition: float) -> list[str]:
+def _warnings(
+    n: np.ndarray, d: np.ndarray, starts: int, at_best: int, hit: tuple[str, ...], condition: float
+) -> list[str]:
     words = []
     if len(n) < 15:
         words.append(f"only {len(n)} runs for five parameters: the fit follows noise")
-    words += [f"{name} spans less than a factor of 4: its exponent is hardly determined" for name, v in (("n", n), ("d", d))
-              if v.max() < 4 * v.min()]
+    words += [
+        f"{name} spans less than a factor of 4: its exponent is hardly determined"
+        for name, v in (("n", n), ("d", d))
+        if v.max() < 4 * v.min()
+    ]
     if at_best == 1:
         words.append(f"only one of {starts} starts reached the best objective: it may not be the global minimum")
     words += [f"{name} ran into its bound: these data do not determine it" for name in hit]
     if condition > 1000:
-        words.append(f"the parameters trade off against each other (condition number {condition:.3g}): trust predictions near the "
-                     "data, not single parameters")
+        words.append(
+            f"the parameters trade off against each other (condition number {condition:.3g}): trust predictions near "
+            "the data, not single parameters"
+        )
     return words

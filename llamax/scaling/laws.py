@@ -77,11 +77,11 @@ class Allocation:
         }
 
 
-def optimal_allocation(law: ChinchillaLaw, flops: float, cost: Cost = Cost()) -> Allocation:  # noqa: RUF009
+def optimal_allocation(law: ChinchillaLaw, flops: float, cost: Cost = Cost()) -> Allocation:
     """Minimum of the law on the curve cost.flops(N, D) = flops, in closed form.
 
-    Setting the derivative along the curve to zero gives N^(alpha + s·beta) = alpha·A / (s·beta·B) · (C / k)^beta for a cost
-    k·N^s·D; with s = 1 this is equation 4 of arXiv:2203.15556. Works on arrays of parameters (bootstrap draws).
+    Setting the derivative along the curve to zero gives N^(alpha + s·beta) = alpha·A / (s·beta·B) · (C / k)^beta for a
+    cost k·N^s·D; with s = 1 this is equation 4 of arXiv:2203.15556. Works on arrays of parameters (bootstrap draws).
     Raises UserError when `flops` is not a positive number.
     """
     _check_flops(flops)
@@ -94,12 +94,15 @@ def optimal_allocation(law: ChinchillaLaw, flops: float, cost: Cost = Cost()) ->
 
 
 def optimal_allocation_under(
-    law: ChinchillaLaw, flops: float, flops_per_token: Callable[[float], float], n_range: tuple[float, float] = (1e2, 1e14)
+    law: ChinchillaLaw,
+    flops: float,
+    flops_per_token: Callable[[float], float],
+    n_range: tuple[float, float] = (1e2, 1e14),
 ) -> Allocation:
     """Minimum of the law when a token costs `flops_per_token(n)` training FLOPs: any convention, one scalar search.
 
-    Searches log N over `n_range` on a grid of 400 and refines the best cell, so a cost that is only roughly smooth is fine.
-    Raises UserError when `flops` is not positive or the minimum lies at an end of `n_range`.
+    Searches log N over `n_range` on a grid of 400 and refines the best cell, so a cost that is only roughly smooth is
+    fine. Raises UserError when `flops` is not positive or the minimum lies at an end of `n_range`.
     """
     from scipy.optimize import minimize_scalar
 
@@ -113,7 +116,9 @@ def optimal_allocation_under(
     best = int(np.argmin([loss_at(x) for x in grid]))
     if best in (0, len(grid) - 1):
         raise UserError(f"n_range {n_range}: the optimum at {flops:.3g} FLOPs lies at its end; widen it")
-    found = minimize_scalar(loss_at, bounds=(grid[best - 1], grid[best + 1]), method="bounded", options={"xatol": 1e-10})
+    found = minimize_scalar(
+        loss_at, bounds=(grid[best - 1], grid[best + 1]), method="bounded", options={"xatol": 1e-10}
+    )
     n = math.exp(float(found.x))
     return Allocation(float(flops), n, flops / flops_per_token(n), float(found.fun))
 
@@ -131,8 +136,8 @@ def fit_cost(n: np.ndarray, d: np.ndarray, flops: np.ndarray) -> tuple[Cost, flo
         cost = Cost(float(np.exp(intercept)), float(slope))
     if cost.n_exponent <= 0:
         raise UserError(
-            f"columns n, d, flops: FLOPs per token fall as n grows (exponent {cost.n_exponent:.2f}); check that they are "
-            "parameters, tokens and training FLOPs of the same runs"
+            f"columns n, d, flops: FLOPs per token fall as n grows (exponent {cost.n_exponent:.2f}); check "
+            "that they are parameters, tokens and training FLOPs of the same runs"
         )
     return cost, float(np.max(np.abs(cost.flops(n, d) / flops - 1)))
 

@@ -1,0 +1,213 @@
+"""Bootstrap over runs: intervals for both fits.
+
+A resample draws whole runs with replacement, within each stratum (budget) when strata are given, because the design of
+an isoFLOP sweep is fixed, not random. Rows that share a `run` (checkpoints of one run) are drawn together or not at
+all: they are not independent, and resampling them one by one would make intervals far too narrow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from llamax.scaling.approach2 import PowerLaw, by_budget, fit_power_law, fit_valleys
+from llamax.scaling.approach3 import EXPONENT_RANGE, N_PARAMETERS, Approach3Fit, refit
+from llamax.scaling.laws import ChinchillaLaw, plain
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Approach2Draws:
+    """Bootstrap draws of approach 2: power laws with fields `[draws]`, nan in a failed draw.
+
+    degenerate: per budget, in how many draws its valley in N was dropped (fewer than three distinct sizes, curvature
+    not positive, or vertex off the grid). failed: draws with fewer than two valid budgets in N or in D; they enter no
+    interval.
+    """
+
+    n: PowerLaw
+    d: PowerLaw
+    degenerate: dict[Any, int]
+    failed: int
+
+    @property
+    def draws(self) -> int:
+        return len(self.n.exponent)
+
+    def intervals(self, level: float = 0.95) -> dict[str, list[float] | None]:
+        """Percentile intervals of the two exponents and the two coefficients."""
+        values = {
+            "n_exponent": self.n.exponent,
+            "n_coefficient": np.exp(self.n.log_coefficient),
+            "d_exponent": self.d.exponent,
+            "d_coefficient": np.exp(self.d.log_coefficient),
+        }
+        return {name: as_list(interval(draws, level)) for name, draws in values.items()}
+
+    def as_dict(self) -> dict[str, Any]:
+        """How the bootstrap went, in plain values."""
+        degenerate = {str(k): v for k, v in self.degenerate.items()}
+        return {
+            "draws": self.draws,
+            "failed": self.failed,
+            "degenerate": degenerate,
+            "warnings": self.warnings(),
+        }
+
+    def warnings(self) -> list[str]:
+        """What a reader of the intervals should know, in words."""
+        draws, words = self.draws, []
+        if self.failed > 0.02 * draws:
+            words.append(
+                f"approach 2 bootstrap: {self.failed} of {draws} resamples left fewer than two valid budgets: not used"
+            )
+        for label, count in self.degenerate.items():
+            if count > 0.2 * draws:
+                words.append(
+                    f"approach 2 bootstrap: budget {plain(label)} had no valid vertex in {count} of {draws} resamples"
+                )
+        return words
+
+
+@dataclass(frozen=True)
+class Approach3Draws:
+    """Bootstrap draws of approach 3: a law whose fields are `[draws]`.
+
+    failed: resamples with fewer than six distinct runs, refused and not in `law`. at_bound: draws in which an exponent
+    ran into its bound; they stay in, and the words say so.
+    """
+
+    law: ChinchillaLaw
+    failed: int
+    at_bound: int
+
+    @property
+    def draws(self) -> int:
+        return len(np.atleast_1d(self.law.alpha))
+
+    def intervals(self, level: float = 0.95) -> dict[str, list[float] | None]:
+        """Percentile intervals of E, A, B, alpha, beta and of the allocation exponent beta / (alpha + beta)."""
+        law = self.law
+        values = dict(vars(law)) | {"n_exponent": law.beta / (law.alpha + law.beta)}
+        return {name: as_list(interval(draws, level)) for name, draws in values.items()}
+
+    def as_dict(self) -> dict[str, Any]:
+        """How the bootstrap went, in plain values."""
+        return {"draws": self.draws, "failed": self.failed, "at_bound": self.at_bound, "warnings": self.warnings()}
+
+    def warnings(self) -> list[str]:
+        """What a reader of the intervals should know, in words."""
+        words = []
+        if self.failed:
+            words.append(
+                f"approach 3 bootstrap: {self.failed} resamples had fewer than six distinct runs and are left out"
+            )
+        if self.at_bound > 0.05 * max(self.draws, 1):
+            words.append(
+                f"approach 3 bootstrap: an exponent ran into its bound in {self.at_bound} of {self.draws} resamples"
+            )
+        return words
+
+
+def resample_counts(frame: pd.DataFrame, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """How often each row is in each resample, `[draws, rows]` (floats, so that they are run weights).
+
+    Stratified by `budget` when the frame has that column; clustered by `run` when it has that one. A run whose rows lie
+    in several budgets cannot be stratified: then runs are drawn from all of them.
+    """
+    rows = len(frame)
+    cluster = pd.factorize(frame["run"])[0] if "run" in frame else np.arange(rows)
+    stratum = pd.factorize(frame["budget"])[0] if "budget" in frame else np.zeros(rows, int)
+    table = pd.DataFrame({"cluster": cluster, "stratum": stratum}).drop_duplicates()
+    if table["cluster"].duplicated().any():
+        table = table.drop_duplicates("cluster").assign(stratum=0)
+    counts = np.zeros((draws, cluster.max() + 1))
+    for _, members in table.groupby("stratum"):
+        names = members["cluster"].to_numpy()
+        counts[:, names] = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
+    return counts[:, cluster]
+
+
+def bootstrap_approach2(frame: pd.DataFrame, draws: int, rng: np.random.Generator) -> Approach2Draws:
+    """Repeat the whole of approach 2, dropping of budgets included, on `draws` resamples within budgets."""
+    frame = frame.reset_index(drop=True)
+    counts = resample_counts(frame, draws, rng)
+    groups = by_budget(frame)
+    log_c = np.log([np.exp(np.log(rows["flops"]).mean()) for _, rows in groups])
+    lines: dict[str, PowerLaw] = {}
+    usable, degenerate = np.ones(draws, bool), {}
+    for axis in ("n", "d"):
+        valleys = [
+            fit_valleys(np.log(rows[axis].to_numpy(float)), rows["loss"].to_numpy(float), counts[:, rows.index])
+            for _, rows in groups
+        ]
+        valid = np.stack([v.interior for v in valleys], axis=1)
+        lines[axis] = fit_power_law(log_c, np.stack([v.vertex for v in valleys], axis=1), valid)
+        usable &= valid.sum(1) >= 2
+        if axis == "n":
+            degenerate = {label: int(draws - ok.sum()) for (label, _), ok in zip(groups, valid.T, strict=True)}
+    n, d = (
+        PowerLaw(*(np.where(usable, v, np.nan) for v in (line.exponent, line.log_coefficient)))
+        for line in lines.values()
+    )
+    return Approach2Draws(n, d, degenerate, int(draws - usable.sum()))
+
+
+def bootstrap_approach3(
+    fit: Approach3Fit, frame: pd.DataFrame, draws: int, rng: np.random.Generator, *, extra_starts: int = 3
+) -> Approach3Draws:
+    """Refit approach 3 on `draws` resamples at once, each warm from `fit` and from `extra_starts` other starts."""
+    counts = resample_counts(frame, draws, rng)
+    enough = (counts > 0).sum(1) > N_PARAMETERS
+    n, d, loss = (frame[c].to_numpy(float) for c in ("n", "d", "loss"))
+    parts = [
+        refit(fit, n, d, loss, block, extra_starts=extra_starts)[0]
+        for block in np.array_split(
+            counts[enough], max(1, int(enough.sum()) * len(loss) // 40_000)
+        )  # bounds peak memory
+    ]
+    law = ChinchillaLaw(*(np.concatenate([np.atleast_1d(getattr(p, k)) for p in parts]) for k in vars(fit.law)))
+    exponents = np.stack([law.alpha, law.beta])
+    at_bound = ((exponents < EXPONENT_RANGE[0] + 1e-6) | (exponents > EXPONENT_RANGE[1] - 1e-6)).any(0)
+    return Approach3Draws(law, int(draws - enough.sum()), int(at_bound.sum()))
+
+
+def loss_intervals(
+    fit: Approach3Fit,
+    draws: Approach3Draws,
+    n: float,
+    d: float,
+    rng: np.random.Generator,
+    *,
+    level: float = 0.95,
+    inflate: float = 1.0,
+) -> tuple[Interval | None, Interval | None]:
+    """At `n` parameters and `d` tokens: confidence interval of the law's loss, prediction interval of one new run.
+
+    The first holds the uncertainty of the parameters only. The second adds the scatter of single runs around the law: a
+    residual resampled for every draw, scaled by sqrt(runs / (runs - 5)) because the fit made them small, and by
+    `inflate`.
+    """
+    mean = np.asarray(draws.law.loss(n, d))
+    scale = inflate * np.sqrt(fit.n_points / max(fit.n_points - N_PARAMETERS, 1))
+    # Several residuals per draw make the ends smooth; the number of draws alone decides the cost.
+    scatter = scale * rng.choice(fit.residuals, size=(20, len(mean)))
+    return interval(mean, level), interval((mean * np.exp(scatter)).ravel(), level)
+
+
+def interval(draws: Any, level: float = 0.95) -> Interval | None:
+    """Percentile interval of the finite draws; None with fewer than ten of them."""
+    finite = np.asarray(draws)[np.isfinite(draws)]
+    if len(finite) < 10:
+        return None
+    low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def as_list(pair: Interval | None) -> list[float] | None:
+    """An interval as JSON takes it."""
+    return None if pair is None else list(pair)
