@@ -1,0 +1,41 @@
+"""What every test starts from: eight simulated CPU devices, shapes checked at run time, caches in a throw-away folder."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+# Before anything imports jax: the platform and the device count are read once.
+os.environ["JAX_PLATFORMS"] = "cpu"
+_DEVICES = "--xla_force_host_platform_device_count=8"
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+os.environ["LLAMAX_CACHE"] = tempfile.mkdtemp(prefix="llamax-test-cache-")
+
+import pytest
+from jaxtyping import install_import_hook
+
+# The array packages only: pydantic already checks the config, and command line start-up stays as users have it.
+CHECKED = ["model", "data", "mesh", "train", "scaling"]
+install_import_hook([f"llamax.{name}" for name in CHECKED], "beartype.beartype")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Removes the cache folder of this process."""
+    import shutil
+
+    shutil.rmtree(os.environ["LLAMAX_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def shared_reference() -> Path:
+    """The folder of reference material (published configs, counts, fixtures), which lives outside the repository.
+
+    `LLAMAX_REFERENCE` names it; by default `../shared/reference` beside the checkout. Tests that need it skip without it.
+    """
+    named = os.environ.get("LLAMAX_REFERENCE")
+    folder = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "reference"
+    if not folder.is_dir():
+        pytest.skip("no reference material: set LLAMAX_REFERENCE to its folder")
+    return folder
