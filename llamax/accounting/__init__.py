@@ -1,0 +1,24 @@
+"""Parameters, FLOPs, bytes and horizons: arithmetic on configs, no JAX. Every other part reads its numbers here."""
+
+from llamax.accounting.flops import CONVENTIONS, forward_flops_by_component, training_flops_per_token
+from llamax.accounting.horizon import Horizon, horizon
+from llamax.accounting.memory import MEMORY_RULES, kv_cache_bytes_per_token, memory_bytes
+from llamax.accounting.params import Leaf, Params, count_params, leaves
+from llamax.accounting.peaks import Mfu, mfu
+
+__all__ = [
+    "CONVENTIONS",
+    "MEMORY_RULES",
+    "Horizon",
+    "Leaf",
+    "Mfu",
+    "Params",
+    "count_params",
+    "forward_flops_by_component",
+    "horizon",
+    "kv_cache_bytes_per_token",
+    "leaves",
+    "memory_bytes",
+    "mfu",
+    "training_flops_per_token",
+]

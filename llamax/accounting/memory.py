@@ -1,0 +1,104 @@
+"""Bytes a training run needs, summed over the whole mesh, and the bytes of a KV cache.
+
+Parameters, gradients and optimizer states are exact for the layouts in use. Activations are an estimate: what the backward
+pass keeps, by the rules in `MEMORY_RULES`; compilers fuse some of it away and add buffers of their own.
+"""
+
+from __future__ import annotations
+
+import math
+
+from llamax.accounting.params import Leaf, leaves
+from llamax.config.components import DenseMlp, MoeMlp
+from llamax.config.model import Block, ModelConfig
+from llamax.config.run import RunConfig, TrainConfig
+
+_F32 = 4
+_BYTES = {"float32": 4, "bfloat16": 2}
+
+MEMORY_RULES: dict[str, str] = {
+    "parameters": "4 bytes a parameter: float32 master weights",
+    "gradients": "4 bytes a parameter, twice that with gradient accumulation (the sum and the newest part)",
+    "optimizer": "4 bytes a moment: AdamW 2 a parameter; Muon 1 for matrices, 2 for the rest; Lion and SGD 1; "
+    "Adafactor one row and one column for arrays whose two largest sides reach 128, 1 a parameter otherwise",
+    "activations": "what the backward pass keeps of one microbatch. none: every intermediate of every layer, attention "
+    "weights included; dots: inputs of the layer and results of its weight matmuls, one layer's intermediates; "
+    "full: inputs of the layer, one layer's intermediates",
+    "logits": "two float32 arrays (logits, their gradient) of vocab_size for loss_chunk tokens (null: the microbatch)",
+    "total": "the sum, over the whole mesh: divide by the devices for what is sharded over all of them",
+}
+
+
+def memory_bytes(config: RunConfig) -> dict[str, int]:
+    """Bytes of a training step by the keys of `MEMORY_RULES`, over the whole mesh."""
+    rows = list(leaves(config.model))
+    train = config.train
+    params = sum(leaf.size for leaf in rows)
+    microbatch = train.batch_size // train.grad_accumulation * train.seq_len
+    result = {
+        "parameters": _F32 * params,
+        "optimizer": _F32 * sum(_moments(leaf, config.optimizer.kind) for leaf in rows),
+        "gradients": _F32 * params * (1 if train.grad_accumulation == 1 else 2),
+        "activations": microbatch * _activation_bytes_per_token(config.model, train),
+        "logits": 2 * _F32 * config.model.vocab_size * min(train.loss_chunk or microbatch, microbatch),
+    }
+    return result | {"total": sum(result.values())}
+
+
+def kv_cache_bytes_per_token(model: ModelConfig, bytes_per_value: int = 2) -> int:
+    """Bytes one more token appends to the KV cache: 2 (keys, values) x kv_heads x head_dim x layers, bfloat16 by default.
+
+    A layer with a window appends as much until the window is full and nothing after.
+    """
+    return bytes_per_value * sum(2 * b.attention.kv_heads * b.attention.head_dim for b in model.layers)
+
+
+def _moments(leaf: Leaf, optimizer: str) -> int:
+    """Scalars of optimizer state for one leaf."""
+    if optimizer == "adamw" or (optimizer == "muon" and leaf.group not in ("matrix", "router")):
+        return 2 * leaf.size
+    if optimizer == "adafactor" and len(leaf.shape) > 1:
+        short, long = sorted(leaf.shape)[-2:]
+        if short >= 128:  # optax.scale_by_factored_rms, min_dim_size_to_factor
+            size = math.prod(leaf.shape)
+            return leaf.copies * (size // short + size // long)
+    return leaf.size
+
+
+def _activation_bytes_per_token(model: ModelConfig, train: TrainConfig) -> int:
+    """Bytes kept for the backward pass per token of the microbatch, all layers."""
+    carry, operand = _BYTES[train.activation_dtype], _BYTES[train.compute_dtype]
+    whole = [_block_bytes(block, model.d_model, train.seq_len, carry, operand) for block in model.layers]
+    inputs = len(whole) * carry * model.d_model
+    if train.remat == "none":
+        return sum(whole)
+    if train.remat == "full":
+        return inputs + max(whole)
+    return inputs + max(whole) + sum(operand * _matmul_width(block, model.d_model) for block in model.layers)
+
+
+def _block_bytes(block: Block, d: int, seq_len: int, carry: int, operand: int) -> int:
+    """Every intermediate of one block, per token: residual stream, norms, q k v before and after rotation, attention
+    weights (float32 scores and their softmax, all `seq_len` keys: no flash kernel), attention output, MLP."""
+    a = block.attention
+    sublayers = 4 if block.placement == "sandwich" else 2
+    residual = carry * d * (2 + sublayers)
+    qkv = operand * 2 * (a.heads + a.kv_heads) * a.head_dim + operand * a.kv_heads * a.head_dim
+    weights = 2 * _F32 * a.heads * seq_len
+    return residual + qkv + weights + operand * (a.heads * a.head_dim + d) + operand * _mlp_width(block.mlp, d)
+
+
+def _mlp_width(mlp: DenseMlp | MoeMlp, d: int) -> int:
+    """Elements per token inside an MLP: up, gate, activation, product, output; for experts once a chosen one."""
+    if isinstance(mlp, DenseMlp):
+        return (4 if mlp.gated else 2) * mlp.d_ff + d
+    routed = mlp.top_k * (_mlp_width(mlp.expert, d) + d)  # the dispatched copy of the token
+    return routed + 2 * mlp.experts + (0 if mlp.shared is None else _mlp_width(mlp.shared, d))
+
+
+def _matmul_width(block: Block, d: int) -> int:
+    """Elements per token that the weight matmuls of one block put out: what remat=dots saves."""
+    a, mlp = block.attention, block.mlp
+    attention = (a.heads + 2 * a.kv_heads) * a.head_dim + d
+    dense = [mlp] if isinstance(mlp, DenseMlp) else [mlp.expert] * mlp.top_k + ([mlp.shared] if mlp.shared else [])
+    return attention + sum((2 if m.gated else 1) * m.d_ff + d for m in dense)

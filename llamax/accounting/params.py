@@ -1,0 +1,179 @@
+"""Parameters by component, from the config alone.
+
+`leaves` lists every array the model holds; counts, optimizer memory and the tests' comparison with the real model all
+read that one list.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llamax.config.components import Attention, DenseMlp, LayerNorm, Mlp, MoeMlp, NoNorm, Norm
+from llamax.config.model import Block, ModelConfig
+
+Component = Literal["embedding", "position", "attention", "mlp", "router", "experts", "shared", "norm", "head"]
+COMPONENTS: tuple[Component, ...] = ("embedding", "position", "attention", "mlp", "router", "experts", "shared", "norm", "head")
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """`copies` equal arrays (one a layer) of `shape`; a token uses `active` of the `size` elements of each.
+
+    `group` is the optimizer's: embedding, head, matrix, router, norm or bias.
+    """
+
+    name: str
+    component: Component
+    group: str
+    shape: tuple[int, ...]
+    copies: int = 1
+    active_fraction: tuple[int, int] = (1, 1)
+
+    @property
+    def size(self) -> int:
+        """Elements of all copies."""
+        return self.copies * math.prod(self.shape)
+
+    @property
+    def active(self) -> int:
+        """Elements of all copies that one token uses: top_k of E experts, everything elsewhere."""
+        chosen, of = self.active_fraction
+        return self.size * chosen // of
+
+
+@dataclass(frozen=True)
+class Params:
+    """Parameter counts. Each field counts scalars stored, all layers together, biases with the matrix they belong to.
+
+    `attention` includes QK norms; `experts` counts all E routed experts; `shared` the shared experts; `norm` the block and
+    final norms; `head` the untied output matrix (0 when tied) and its bias. `routed_active` is the part of `experts` one
+    token uses; `lookup` the part of `embedding` and `position` that is only looked up, never multiplied.
+    """
+
+    embedding: int
+    position: int
+    attention: int
+    mlp: int
+    router: int
+    experts: int
+    shared: int
+    norm: int
+    head: int
+    routed_active: int
+    lookup: int
+
+    @property
+    def by_component(self) -> dict[str, int]:
+        """The nine components, in the order data flows through them."""
+        return {name: getattr(self, name) for name in COMPONENTS}
+
+    @property
+    def total(self) -> int:
+        """Every stored parameter; a tied table counts once."""
+        return sum(self.by_component.values())
+
+    @property
+    def active(self) -> int:
+        """What one token passes through: total with top_k of the E routed experts."""
+        return self.total - self.experts + self.routed_active
+
+    @property
+    def active_matmul(self) -> int:
+        """N, the model size of every plan and fit: `active` without tables that are only looked up.
+
+        A tied embedding stays, because it is the output matrix; an untied one and a learned position table go.
+        """
+        return self.active - self.lookup
+
+    @property
+    def non_embedding(self) -> int:
+        """Kaplan's N (arXiv:2001.08361): total without embedding, positions and output matrix, all experts counted."""
+        return self.total - self.embedding - self.position - self.head
+
+
+def count_params(model: ModelConfig) -> Params:
+    """Parameters of `model` by component."""
+    rows = list(leaves(model))
+    counts = {name: sum(leaf.size for leaf in rows if leaf.component == name) for name in COMPONENTS}
+    routed = sum(leaf.active for leaf in rows if leaf.component == "experts")
+    lookup = counts["position"] + (0 if model.head.tied else counts["embedding"])
+    return Params(**counts, routed_active=routed, lookup=lookup)
+
+
+def leaves(model: ModelConfig) -> Iterator[Leaf]:
+    """Every parameter array of `model`, in the layouts of llamax/model; equal layers share a row."""
+    d, vocab = model.d_model, model.vocab_size
+    yield Leaf("embedding", "embedding", "embedding", (vocab, d))
+    if model.position.kind == "learned":
+        yield Leaf("position", "position", "embedding", (model.max_seq_len, d))
+    for s, (repeat, unit) in enumerate(model.blocks):
+        for u, block in enumerate(unit):
+            for leaf in _block(block, d):
+                yield Leaf(f"segments.{s}.{u}.{leaf.name}", leaf.component, leaf.group, leaf.shape, repeat, leaf.active_fraction)
+    yield from _norm("final_norm", "norm", model.norm, d)
+    if not model.head.tied:
+        yield Leaf("head", "head", "head", (d, vocab))
+    if model.head.bias:
+        yield Leaf("head_bias", "head", "bias", (vocab,))
+
+
+def _block(block: Block, d: int) -> Iterator[Leaf]:
+    for name in _norm_names(block):
+        yield from _norm(name, "norm", block.norm, d)
+    yield from _attention(block.attention, d)
+    yield from _mlp(block.mlp, d)
+
+
+def _norm_names(block: Block) -> tuple[str, ...]:
+    """One norm a sublayer before (pre) or after (post) it, both for sandwich; a parallel block shares one."""
+    if block.residual == "parallel":
+        return ("attention_norm",)
+    if block.placement == "sandwich":
+        return ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm")
+    return ("attention_norm", "mlp_norm")
+
+
+def _norm(name: str, component: Component, norm: Norm, width: int) -> Iterator[Leaf]:
+    if isinstance(norm, NoNorm):
+        return
+    yield Leaf(f"{name}.scale", component, "norm", (width,))
+    if isinstance(norm, LayerNorm) and norm.bias:
+        yield Leaf(f"{name}.bias", component, "bias", (width,))
+
+
+def _attention(a: Attention, d: int) -> Iterator[Leaf]:
+    for name, heads in (("query", a.heads), ("key", a.kv_heads), ("value", a.kv_heads)):
+        yield Leaf(f"attention.{name}", "attention", "matrix", (d, heads, a.head_dim))
+        if a.qkv_bias:
+            yield Leaf(f"attention.{name}_bias", "attention", "bias", (heads, a.head_dim))
+    yield Leaf("attention.out", "attention", "matrix", (a.heads, a.head_dim, d))
+    if a.out_bias:
+        yield Leaf("attention.out_bias", "attention", "bias", (d,))
+    if a.qk_norm is not None:
+        for name in ("query_norm", "key_norm"):
+            yield from _norm(f"attention.{name}", "attention", a.qk_norm, a.head_dim)
+
+
+def _mlp(mlp: Mlp, d: int) -> Iterator[Leaf]:
+    if isinstance(mlp, DenseMlp):
+        yield from _dense("mlp", "mlp", mlp, d)
+        return
+    yield Leaf("router", "router", "router", (d, mlp.experts))
+    yield from _dense("experts", "experts", mlp.expert, d, moe=mlp)
+    if mlp.shared is not None:
+        yield from _dense("shared", "shared", mlp.shared, d)
+
+
+def _dense(name: str, component: Component, mlp: DenseMlp, d: int, moe: MoeMlp | None = None) -> Iterator[Leaf]:
+    stack: tuple[int, ...] = () if moe is None else (moe.experts,)
+    more: dict[str, Any] = {} if moe is None else {"active_fraction": (moe.top_k, moe.experts)}
+    for part in ("up", "gate") if mlp.gated else ("up",):
+        yield Leaf(f"{name}.{part}", component, "matrix", (*stack, d, mlp.d_ff), **more)
+        if mlp.bias:
+            yield Leaf(f"{name}.{part}_bias", component, "bias", (*stack, mlp.d_ff), **more)
+    yield Leaf(f"{name}.down", component, "matrix", (*stack, mlp.d_ff, d), **more)
+    if mlp.bias:
+        yield Leaf(f"{name}.down_bias", component, "bias", (*stack, d), **more)
