@@ -1,0 +1,1 @@
+"""The model: components and the one Transformer built from them."""

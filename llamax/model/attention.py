@@ -1,0 +1,161 @@
+"""Causal softmax attention: the one place where it is computed, and the layer around it."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from llamax.config.components import GroupedQueryAttention, Init, Position
+from llamax.model.execution import Execution
+from llamax.model.linear import contract, parameter, weight
+from llamax.model.norm import Normalize
+from llamax.model.position import alibi_slopes, logit_scale, rotate
+
+
+class Logits(NamedTuple):
+    """How attention logits are formed: scale, cap, then ALiBi, then the mask. Static."""
+
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+    slopes: tuple[float, ...] | None = None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def attend(
+    q: Float[Array, "batch seq heads head_dim"],
+    k: Float[Array, "batch seq kv_heads head_dim"],
+    v: Float[Array, "batch seq kv_heads head_dim"],
+    segments: Int[Array, "batch seq"] | None,
+    logits: Logits,
+    compute: str,
+) -> Float[Array, "batch seq heads head_dim"]:
+    """softmax(mask(cap(scale q k^T) + alibi)) v, the softmax in float32.
+
+    Query t attends to keys s with 0 <= t - s < window, and of its own segment where `segments` is given. kv head j
+    serves query heads j g .. (j + 1) g - 1. The backward rule is explicit: it multiplies in `compute` with float32
+    accumulation and avoids the masks and reductions autodiff leaves behind.
+    """
+    return _attend(q, k, v, segments, logits, compute)[0]
+
+
+def _attend(q: Array, k: Array, v: Array, segments: Array | None, logits: Logits, compute: str) -> tuple[Array, tuple[Array, ...]]:
+    batch, seq, heads, dim = q.shape
+    grouped = q.reshape(batch, seq, k.shape[2], heads // k.shape[2], dim)
+    scores = _einsum("btjgd,bsjd->bjgts", grouped, k, compute) * logits.scale
+    slope = ()
+    if logits.softcap is not None:
+        tanh = jnp.tanh(scores / logits.softcap)
+        scores, slope = logits.softcap * tanh, (1 - tanh * tanh,)
+    p = jax.nn.softmax(scores + _bias(seq, k.shape[2], segments, logits), axis=-1)
+    out = _einsum("bjgts,bsjd->btjgd", p, v, compute).reshape(q.shape).astype(q.dtype)
+    return out, (p.astype(jnp.dtype(compute)), *slope)
+
+
+def _bias(seq: int, kv_heads: int, segments: Array | None, logits: Logits) -> Array:
+    """ALiBi and the mask, [1 or batch, kv_heads or 1, group or 1, seq, seq]; masked entries are very negative."""
+    distance = jnp.arange(seq)[:, None] - jnp.arange(seq)[None, :]
+    keep = (distance >= 0) if logits.window is None else (distance >= 0) & (distance < logits.window)
+    keep = keep[None, None, None]
+    if segments is not None:
+        keep = keep & (segments[:, :, None] == segments[:, None, :])[:, None, None]
+    bias = jnp.where(keep, 0.0, -1e30)
+    if logits.slopes is not None:
+        slopes = jnp.asarray(logits.slopes, jnp.float32).reshape(1, kv_heads, -1, 1, 1)
+        bias = bias - slopes * distance
+    return bias
+
+
+def _einsum(spec: str, a: Array, b: Array, compute: str) -> Array:
+    dtype = jnp.dtype(compute)
+    return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def _attend_forward(q, k, v, segments, logits, compute):  # type: ignore[no-untyped-def]
+    out, saved = _attend(q, k, v, segments, logits, compute)
+    return out, (q, k, v, *saved)
+
+
+def _attend_backward(logits, compute, saved, g):  # type: ignore[no-untyped-def]
+    q, k, v, p, *slope = saved
+    batch, seq, heads, dim = q.shape
+    grouped = (batch, seq, k.shape[2], heads // k.shape[2], dim)
+    q5, g5 = q.reshape(grouped), g.reshape(grouped)
+    dv = _einsum("bjgts,btjgd->bsjd", p, g5, compute)
+    dp = _einsum("btjgd,bsjd->bjgts", g5, v, compute)
+    wide = p.astype(jnp.float32)
+    ds = wide * (dp - jnp.sum(wide * dp, axis=-1, keepdims=True))
+    if slope:
+        ds = ds * slope[0]
+    ds = ds * logits.scale
+    dq = _einsum("bjgts,bsjd->btjgd", ds, k, compute).reshape(q.shape)
+    dk = _einsum("bjgts,btjgd->bsjd", ds, q5, compute)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
+class SelfAttention(nnx.Module):
+    """Grouped-query attention with its projections (arXiv:1706.03762, 2305.13245)."""
+
+    def __init__(
+        self,
+        config: GroupedQueryAttention,
+        position: Position,
+        d_model: int,
+        init: Init,
+        gain: Float[Array, ""],
+        *,
+        key: Key[Array, ""],
+    ):
+        keys = jax.random.split(key, 4)
+        heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
+        self.config, self.position = config, position
+        self.query = weight(keys[0], (d_model, heads, dim), ("embed", "heads", "head_dim"), init)
+        self.key = weight(keys[1], (d_model, kv_heads, dim), ("embed", "kv_heads", "head_dim"), init)
+        self.value = weight(keys[2], (d_model, kv_heads, dim), ("embed", "kv_heads", "head_dim"), init)
+        self.out = weight(keys[3], (heads, dim, d_model), ("heads", "head_dim", "embed"), init, inputs=2, gain=gain)
+        if config.qkv_bias:
+            self.query_bias = parameter(jnp.zeros((heads, dim)), ("heads", "head_dim"), "bias")
+            self.key_bias = parameter(jnp.zeros((kv_heads, dim)), ("kv_heads", "head_dim"), "bias")
+            self.value_bias = parameter(jnp.zeros((kv_heads, dim)), ("kv_heads", "head_dim"), "bias")
+        if config.out_bias:
+            self.out_bias = parameter(jnp.zeros(d_model), ("embed",), "bias")
+        if config.qk_norm is not None:
+            self.query_norm = Normalize(config.qk_norm, dim, "head_dim")
+            self.key_norm = Normalize(config.qk_norm, dim, "head_dim")
+
+    @property
+    def logits(self) -> Logits:
+        """How this layer forms its logits."""
+        config = self.config
+        slopes = tuple(alibi_slopes(config.heads).tolist()) if self.position.kind == "alibi" else None
+        scale = config.scale if config.scale is not None else logit_scale(self.position, config.head_dim)
+        return Logits(scale, config.softcap, config.window, slopes)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq d_model"],
+        table: Float[Array, "2 seq half"] | None,
+        segments: Int[Array, "batch seq"] | None,
+        execution: Execution,
+    ) -> Float[Array, "batch seq d_model"]:
+        """Attention output before it joins the residual stream; `table` is the rotary table, None where there is none."""
+        q, k, v = (contract(x, w[...], 1, execution.compute) for w in (self.query, self.key, self.value))
+        if self.config.qkv_bias:
+            q, k, v = (
+                y + b.astype(y.dtype) for y, b in ((q, self.query_bias), (k, self.key_bias), (v, self.value_bias))
+            )
+        if self.config.qk_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if table is not None:
+            q, k = rotate(q, table), rotate(k, table)
+        y = attend(q, k, v, segments, self.logits, execution.compute)
+        out = contract(y, self.out[...], 2, execution.compute)
+        return out + self.out_bias.astype(out.dtype) if self.config.out_bias else out

@@ -1,0 +1,81 @@
+"""Parameters and the one matrix product of the model."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from llamax.config.components import Init
+
+
+def parameter(value: Array, axes: tuple[str, ...], group: str, inputs: int = 0) -> nnx.Param:
+    """A float32 parameter that knows its logical axes, its optimizer group and how many leading axes are inputs."""
+    return nnx.Param(value, axes=axes, group=group, inputs=inputs)
+
+
+def weight(
+    key: Key[Array, ""],
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    init: Init,
+    *,
+    inputs: int = 1,
+    group: str = "matrix",
+    gain: float | Array = 1.0,
+) -> nnx.Param:
+    """A normally distributed matrix. `inputs` leading axes (after an "experts" axis) are contracted with the input.
+
+    std is init.std, or 1/sqrt(product of the input axes) for init.kind = fan_in; times `gain`.
+    """
+    batched = 1 if axes[0] == "experts" else 0
+    fan_in = math.prod(shape[batched : batched + inputs])
+    std = init.std if init.kind == "normal" else fan_in**-0.5
+    return parameter(jax.random.normal(key, shape) * (std * gain), axes, group, inputs)
+
+
+def residual_gain(init: Init, layer: Array | int, layers: int) -> Float[Array, ""]:
+    """The factor on matrices that write to the residual stream, at `layer` of `layers` (see config Init)."""
+    if init.depth_scaling == "none":
+        return jnp.float32(1.0)
+    depth = layers if init.depth_scaling == "total" else layer + 1
+    return jax.lax.rsqrt(2.0 * jnp.asarray(depth, jnp.float32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def contract(x: Array, w: Array, inputs: int, compute: str) -> Array:
+    """x [..., I...] times w [I..., O...] over the `inputs` axes I: [..., O...] in x's dtype.
+
+    Operands are cast to `compute`, products accumulate in float32. The backward pass does the same, which autodiff of
+    a mixed-precision product would not: it would multiply float32 cotangents.
+    """
+    return _dot(x, w, inputs, compute).astype(x.dtype)
+
+
+def _dot(x: Array, w: Array, inputs: int, compute: str) -> Array:
+    dims = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
+    return _general(x, w, dims, compute)
+
+
+def _general(a: Array, b: Array, dims: tuple[tuple[int, ...], tuple[int, ...]], compute: str) -> Array:
+    dtype = jnp.dtype(compute)
+    return jax.lax.dot_general(a.astype(dtype), b.astype(dtype), (dims, ((), ())), preferred_element_type=jnp.float32)
+
+
+def _forward(x: Array, w: Array, inputs: int, compute: str) -> tuple[Array, tuple[Array, Array]]:
+    return contract(x, w, inputs, compute), (x, w)
+
+
+def _backward(inputs: int, compute: str, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = saved
+    outputs, batch = w.ndim - inputs, x.ndim - inputs
+    dx = _general(g, w, (tuple(range(batch, batch + outputs)), tuple(range(inputs, w.ndim))), compute)
+    dw = _general(x, g, (tuple(range(batch)), tuple(range(batch))), compute)
+    return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+contract.defvjp(_forward, _backward)

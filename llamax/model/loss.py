@@ -1,0 +1,128 @@
+"""Next-token cross-entropy that need not hold the logits."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from llamax.model.execution import Execution
+from llamax.model.transformer import Transformer
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def cross_entropy(
+    x: Float[Array, "batch seq d_model"],
+    w: Float[Array, "d_model vocab"],
+    bias: Float[Array, " vocab"] | None,
+    targets: Int[Array, "batch seq"],
+    weights: Float[Array, "batch seq"],
+    z_loss: Float[Array, ""],
+    softcap: float | None,
+    chunk: int,
+    compute: str,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """(sum of weighted -log p, sum of weighted z_loss x log(Z)^2), in nats, `chunk` positions of logits at a time.
+
+    z-loss is PaLM's (arXiv:2204.02311). Differentiated, the gradients of x, w and bias are formed in the same pass over
+    the chunks, so logits are computed once and never stored.
+    """
+    sums, _ = _scan(x, w, bias, targets, weights, z_loss, softcap, chunk, compute, gradients=False)
+    return sums
+
+
+def _scan(x, w, bias, targets, weights, z_loss, softcap, chunk, compute, gradients):  # type: ignore[no-untyped-def]
+    batch, seq, d = x.shape
+    parts = seq // chunk
+
+    def split(a: Array) -> Array:
+        return jnp.moveaxis(a.reshape(batch, parts, chunk, *a.shape[2:]), 1, 0)
+
+    dtype = jnp.dtype(compute)
+    w = w.astype(dtype)
+
+    def body(carry, part):  # type: ignore[no-untyped-def]
+        (nll, z), dw, db = carry
+        x_c, t_c, m_c = part
+        logits = jnp.einsum("bsd,dv->bsv", x_c.astype(dtype), w, preferred_element_type=jnp.float32)
+        logits = logits if bias is None else logits + bias
+        tanh = None if softcap is None else jnp.tanh(logits / softcap)
+        logits = logits if tanh is None else softcap * tanh
+        top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+        e = jnp.exp(logits - top)
+        total = e.sum(-1, keepdims=True)
+        log_z = (jnp.log(total) + top)[..., 0]
+        hit = jax.nn.one_hot(t_c, logits.shape[-1], dtype=jnp.bool_)
+        picked = jnp.sum(jnp.where(hit, logits, 0.0), -1)
+        sums = (nll + jnp.sum(m_c * (log_z - picked)), z + z_loss * jnp.sum(m_c * jnp.square(log_z)))
+        if not gradients:
+            return (sums, dw, db), None
+        g = (e / total) * (m_c * (1.0 + 2.0 * z_loss * log_z))[..., None] - jnp.where(hit, m_c[..., None], 0.0)
+        g = g if tanh is None else g * (1.0 - tanh * tanh)
+        db = db if db is None else db + g.sum((0, 1))
+        g = g.astype(dtype)
+        dw = dw + jnp.einsum("bsd,bsv->dv", x_c.astype(dtype), g, preferred_element_type=jnp.float32)
+        dx = jnp.einsum("bsv,dv->bsd", g, w, preferred_element_type=jnp.float32)
+        return (sums, dw, db), dx.astype(x.dtype)
+
+    zero = jnp.float32(0.0)
+    dw = jnp.zeros(w.shape, jnp.float32) if gradients else None
+    db = jnp.zeros(bias.shape, jnp.float32) if gradients and bias is not None else None
+    parts_of = (split(x), split(targets), split(weights))
+    if parts == 1:
+        (sums, dw, db), dx = body(((zero, zero), dw, db), jax.tree.map(lambda a: a[0], parts_of))
+        dx = None if dx is None else dx[None]
+    else:
+        (sums, dw, db), dx = jax.lax.scan(body, ((zero, zero), dw, db), parts_of)
+    if gradients:
+        dx = jnp.moveaxis(dx, 0, 1).reshape(batch, seq, d)
+    return sums, (dx, dw, db)
+
+
+def _forward(x, w, bias, targets, weights, z_loss, softcap, chunk, compute):  # type: ignore[no-untyped-def]
+    return _scan(x, w, bias, targets, weights, z_loss, softcap, chunk, compute, gradients=True)
+
+
+def _backward(softcap, chunk, compute, saved, g):  # type: ignore[no-untyped-def]
+    # The saved gradients are of nll + z together: the two sums are always added with equal weight.
+    dx, dw, db = saved
+    return (dx * g[0].astype(dx.dtype), dw * g[0], None if db is None else db * g[0], None, None, None)
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def chunk_length(seq: int, batch: int, loss_chunk: int | None) -> int:
+    """The largest divisor of `seq` whose positions over `batch` rows hold at most `loss_chunk` tokens (at least 1)."""
+    if loss_chunk is None:
+        return seq
+    return max((c for c in range(1, seq + 1) if seq % c == 0 and c * batch <= loss_chunk), default=1)
+
+
+def next_token_loss(
+    model: Transformer,
+    tokens: Int[Array, "batch seq_plus_1"],
+    segments: Int[Array, "batch seq_plus_1"] | None,
+    weights: Float[Array, "batch seq"] | None,
+    z_loss: Float[Array, ""],
+    loss_chunk: int | None,
+    execution: Execution,
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""], dict[str, Array]]:
+    """Sums over predicted positions: (nats, z-loss, their weights), and the router statistics [moe layers].
+
+    With `segments`, the first token of a document is not predicted from the document before it.
+    """
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    mask = jnp.ones(targets.shape, jnp.float32) if weights is None else weights
+    if segments is not None:
+        mask = mask * (segments[:, 1:] == segments[:, :-1])
+        segments = segments[:, :-1]
+    x, statistics = model.features(inputs, segments, execution)
+    bias = model.head_bias[...] if model.config.head.bias else None
+    chunk = chunk_length(inputs.shape[1], inputs.shape[0], loss_chunk)
+    nats, z = cross_entropy(
+        x, model.head_weight, bias, targets, mask, z_loss, model.config.head.softcap, chunk, execution.compute
+    )
+    return nats, z, mask.sum(), statistics

@@ -1,0 +1,1 @@
+"""From run directories to tables, comparisons, plots and the report of a study. Reads files; computes nothing heavy."""
