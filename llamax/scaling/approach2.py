@@ -16,7 +16,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 
 from llamax.errors import UserError
-from llamax.scaling.laws import plain
+from llamax.scaling.laws import Scalar, plain
 
 NARROW_DECADES = 1.5  # below this an exponent is an extrapolation of noise
 OFF_CENTRE = 0.8  # a vertex this close to an end leaves one side of the valley unmeasured
@@ -80,7 +80,7 @@ class Frontier:
     K: float
     gamma: float
 
-    def loss(self, flops: float) -> float:
+    def loss(self, flops: Scalar) -> float:
         """Nats per token at `flops` training FLOPs."""
         return self.E + self.K * flops**-self.gamma
 
@@ -92,7 +92,7 @@ class PowerLaw:
     exponent: Any
     log_coefficient: Any
 
-    def at(self, flops: float) -> Any:
+    def at(self, flops: Scalar) -> Any:
         """Its value at `flops` training FLOPs."""
         return np.exp(self.log_coefficient + self.exponent * math.log(flops))
 

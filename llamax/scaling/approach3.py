@@ -9,7 +9,7 @@ bootstrap resamples at once: a resample is a row of run weights, so hundreds of 
 """
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -189,7 +189,7 @@ class _Problem:
     upper: np.ndarray
 
     @classmethod
-    def of(cls, n: np.ndarray, d: np.ndarray, loss: np.ndarray, delta: float) -> Self:
+    def of(cls, n: np.ndarray, d: np.ndarray, loss: np.ndarray, delta: float) -> "_Problem":
         x, y, z = np.log(n), np.log(d), np.log(loss)
         floor, ceiling = z.min() + np.log(TERM_FLOOR), z.max()
         lower = np.array([floor, floor, floor, EXPONENT_RANGE[0], EXPONENT_RANGE[0]])

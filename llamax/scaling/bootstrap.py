@@ -15,7 +15,7 @@ import pandas as pd
 
 from llamax.scaling.approach2 import PowerLaw, by_budget, fit_power_law, fit_valleys
 from llamax.scaling.approach3 import EXPONENT_RANGE, N_PARAMETERS, Approach3Fit, refit
-from llamax.scaling.laws import ChinchillaLaw, plain
+from llamax.scaling.laws import ChinchillaLaw, Scalar, plain
 
 Interval = tuple[float, float]
 
@@ -179,8 +179,8 @@ def bootstrap_approach3(
 def loss_intervals(
     fit: Approach3Fit,
     draws: Approach3Draws,
-    n: float,
-    d: float,
+    n: Scalar,
+    d: Scalar,
     rng: np.random.Generator,
     *,
     level: float = 0.95,

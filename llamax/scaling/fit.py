@@ -13,7 +13,7 @@ from llamax.errors import UserError
 from llamax.scaling.approach2 import Approach2Fit, by_budget, fit_approach2
 from llamax.scaling.approach3 import N_PARAMETERS, Approach3Fit, fit_approach3
 from llamax.scaling.bootstrap import Approach2Draws, Approach3Draws, bootstrap_approach2, bootstrap_approach3
-from llamax.scaling.laws import Cost, fit_cost
+from llamax.scaling.laws import Cost, Scalar, fit_cost
 from llamax.scaling.table import clean
 
 
@@ -71,7 +71,7 @@ def fit_frame(
     delta: float = 1e-3,
     bootstrap: int = 300,
     seed: int = 0,
-    level: float = 0.95,
+    level: Scalar = 0.95,
 ) -> ScalingFit:
     """Fit a ledger-like table, one row a run; `n` (parameters) to `run` name its columns (loss in nats per token).
 
@@ -106,7 +106,7 @@ def fit_frame(
             f"FLOPs per token follow {cost.coefficient:.3g}·n^{cost.n_exponent:.3g} only to {100 * misfit:.0f} %: "
             "optimal allocations are that uncertain"
         )
-    return ScalingFit(runs, cost, level, seed, two, two_draws, three, three_draws, held_out, tuple(words))
+    return ScalingFit(runs, cost, float(level), seed, two, two_draws, three, three_draws, held_out, tuple(words))
 
 
 def leave_largest_out(runs: pd.DataFrame, delta: float = 1e-3) -> float | None:
@@ -120,7 +120,7 @@ def leave_largest_out(runs: pd.DataFrame, delta: float = 1e-3) -> float | None:
         return None
     rest = pd.concat([rows for _, rows in groups[:-1]])
     largest = groups[-1][1]
-    if len(rest) <= N_PARAMETERS + 1 or rest["n"].nunique() < 3:
+    if len(rest) <= N_PARAMETERS + 1 or min(rest[c].nunique() for c in ("n", "d", "loss")) < 3:
         return None
     law = fit_approach3(*(rest[c].to_numpy(float) for c in ("n", "d", "loss")), delta=delta).law
     predicted = law.loss(largest["n"].to_numpy(float), largest["d"].to_numpy(float))

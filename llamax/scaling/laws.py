@@ -15,7 +15,8 @@ import numpy as np
 
 from llamax.errors import UserError
 
-Number = float | int | np.ndarray  # one value, or one per bootstrap draw / run; shapes broadcast
+Scalar = float | int
+Number = Scalar | np.ndarray  # one value, or one per bootstrap draw / run; shapes broadcast
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Cost:
         """Training FLOPs of `n` parameters on `d` tokens."""
         return self.coefficient * n ** (1.0 * self.n_exponent) * d
 
-    def tokens(self, flops: float, n: Number) -> Number:
+    def tokens(self, flops: Number, n: Number) -> Number:
         """Tokens that `flops` buys for a model of `n` parameters."""
         return flops / (self.coefficient * n ** (1.0 * self.n_exponent))
 
@@ -77,14 +78,14 @@ class Allocation:
         }
 
 
-def optimal_allocation(law: ChinchillaLaw, flops: float, cost: Cost = Cost()) -> Allocation:
+def optimal_allocation(law: ChinchillaLaw, flops: Scalar, cost: Cost = Cost()) -> Allocation:
     """Minimum of the law on the curve cost.flops(N, D) = flops, in closed form.
 
     Setting the derivative along the curve to zero gives N^(alpha + s·beta) = alpha·A / (s·beta·B) · (C / k)^beta for a
     cost k·N^s·D; with s = 1 this is equation 4 of arXiv:2203.15556. Works on arrays of parameters (bootstrap draws).
     Raises UserError when `flops` is not a positive number.
     """
-    _check_flops(flops)
+    check_flops(flops)
     s, budget = cost.n_exponent, flops / cost.coefficient
     # In logs: B and D^beta overflow nothing even for bootstrap draws with B = e^60.
     log_ratio = np.log(law.alpha * law.A) - np.log(s * law.beta * law.B)
@@ -95,7 +96,7 @@ def optimal_allocation(law: ChinchillaLaw, flops: float, cost: Cost = Cost()) ->
 
 def optimal_allocation_under(
     law: ChinchillaLaw,
-    flops: float,
+    flops: Scalar,
     flops_per_token: Callable[[float], float],
     n_range: tuple[float, float] = (1e2, 1e14),
 ) -> Allocation:
@@ -106,7 +107,7 @@ def optimal_allocation_under(
     """
     from scipy.optimize import minimize_scalar
 
-    _check_flops(flops)
+    check_flops(flops)
 
     def loss_at(log_n: float) -> float:
         n = math.exp(log_n)
@@ -151,6 +152,6 @@ def plain(value: Any) -> Any:
     return int(value) if isinstance(value, np.integer) else value
 
 
-def _check_flops(flops: float) -> None:
+def check_flops(flops: Scalar) -> None:
     if not (math.isfinite(flops) and flops > 0):
         raise UserError(f"flops: {flops}; give a positive number of training FLOPs")

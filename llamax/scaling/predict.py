@@ -13,7 +13,7 @@ from llamax.errors import UserError
 from llamax.scaling.approach3 import residual_scale
 from llamax.scaling.bootstrap import Interval, as_list, interval, loss_intervals
 from llamax.scaling.fit import ScalingFit
-from llamax.scaling.laws import optimal_allocation, plain
+from llamax.scaling.laws import Scalar, check_flops, optimal_allocation, plain
 
 DISAGREE = 1.5  # approaches whose optimal sizes differ by more than this factor are reported
 
@@ -77,15 +77,14 @@ class Score:
         return asdict(self)
 
 
-def recommend(fit: ScalingFit, flops: float) -> Recommendation:
+def recommend(fit: ScalingFit, flops: Scalar) -> Recommendation:
     """Best N and D for `flops` training FLOPs, in the convention of the fit's flops column.
 
     Approach 2 decides when at least three budgets have an interior minimum and its exponent is between 0 and 1, because
     it assumes no formula for the loss; otherwise approach 3 does. D is what the budget leaves for N tokens' worth of
     cost, so that N and D together spend exactly `flops`. Raises UserError when neither approach can answer.
     """
-    if not (math.isfinite(flops) and flops > 0):
-        raise UserError(f"flops: {flops}; give a positive number of training FLOPs")
+    check_flops(flops)
     two, three, words = fit.approach2, fit.approach3, list[str]()
     why_not = _why_not_approach2(fit)
     n_two = float(two.n.at(flops)) if two and two.n else None
@@ -93,8 +92,8 @@ def recommend(fit: ScalingFit, flops: float) -> Recommendation:
     if why_not is None and two and two.n and n_two is not None:
         n, approach = n_two, 2
         rule = (
-            f"approach 2: N* = {math.exp(two.n.log_coefficient):.3g}·C^{two.n.exponent:.3g}, because {two.interior_minima} of "
-            f"{len(two.budgets)} budgets have an interior minimum; D* is what the budget leaves"
+            f"approach 2: N* = {math.exp(two.n.log_coefficient):.3g}·C^{two.n.exponent:.3g}, because "
+            f"{two.interior_minima} of {len(two.budgets)} budgets have an interior minimum; D* spends the rest"
         )
         n_draws = fit.approach2_draws.n.at(flops) if fit.approach2_draws else np.array([])
         d_fit = float(two.d.at(flops)) if two.d else None
@@ -119,12 +118,12 @@ def recommend(fit: ScalingFit, flops: float) -> Recommendation:
     return Recommendation(float(flops), n, float(fit.cost.tokens(flops, n)), *bounds, approach, rule, tuple(words))
 
 
-def predict(fit: ScalingFit, *, flops: float, n: float, d: float) -> Prediction:
+def predict(fit: ScalingFit, *, flops: Scalar, n: Scalar, d: Scalar) -> Prediction:
     """Predicted loss of the run that will be trained: `n` parameters, `d` tokens, at a budget of `flops`.
 
     `n` and `d` are the real ones (a ladder size, whole steps), not the recommendation, which the record carries beside
     them. The loss comes from approach 3, the only one that answers away from the valley's floor. Where the law, fitted
-    without the largest budget, missed it by clearly more than its residuals, the prediction interval is widened by that
+    without the largest budget, missed it by more than twice its residuals, the prediction interval is widened by that
     ratio. Raises UserError without approach 3.
     """
     for name, value in (("n", n), ("d", d)):
@@ -137,11 +136,11 @@ def predict(fit: ScalingFit, *, flops: float, n: float, d: float) -> Prediction:
     words = list(advice.warnings)
     loss = float(three.law.loss(n, d))
     inflate, scatter = 1.0, residual_scale(three)
-    if fit.holdout_error is not None and fit.holdout_error > 1.5 * scatter > 0:
+    if fit.holdout_error is not None and fit.holdout_error > 2 * scatter > 0:
         inflate = fit.holdout_error / scatter
         words.append(
-            f"fitted without the largest budget, the law misses it by {100 * fit.holdout_error:.2g} % against residuals "
-            f"of {100 * scatter:.2g} %: the interval is widened by that ratio"
+            f"fitted without the largest budget, the law misses it by {100 * fit.holdout_error:.2g} % against "
+            f"residuals of {100 * scatter:.2g} %: the interval is widened by that ratio"
         )
     one_run = law_only = None
     if fit.approach3_draws:
@@ -167,7 +166,7 @@ def predict(fit: ScalingFit, *, flops: float, n: float, d: float) -> Prediction:
     )
 
 
-def score(prediction: Prediction | Mapping[str, Any], measured: float) -> Score:
+def score(prediction: Prediction | Mapping[str, Any], measured: Scalar) -> Score:
     """Compare a prediction (or its dict, as saved) with the measured loss, nats per token.
 
     Raises UserError unless both losses are positive numbers.
