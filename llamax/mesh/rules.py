@@ -1,0 +1,125 @@
+"""Logical axes to mesh axes: where every array of the training state lives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llamax.config.files import find, read_yaml
+from llamax.config.run import MeshConfig
+from llamax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor", "expert")
+Rules = dict[str, tuple[str, ...]]
+
+
+def load_rules(name: str) -> Rules:
+    """The preset `configs/meshes/<name>.yaml` (or a path) as logical axis -> mesh axes.
+
+    Raises:
+        UserError: unknown preset, or a rule that names no mesh axis.
+    """
+    rules: Rules = {}
+    for logical, target in read_yaml(find("meshes", name, "mesh rules")).items():
+        axes = () if target is None else (target,) if isinstance(target, str) else tuple(target)
+        if bad := [axis for axis in axes if axis not in AXES]:
+            raise UserError(f"mesh rules {name}: {logical} -> {bad[0]!r} is not a mesh axis; use one of {', '.join(AXES)} or null")
+        rules[logical] = axes
+    return rules
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """The device mesh with axes data, fsdp, tensor, expert; -1 becomes the devices the others leave.
+
+    Raises:
+        UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    fixed = 1
+    for size in sizes.values():
+        fixed *= size if size > 0 else 1
+    free = [axis for axis, size in sizes.items() if size == -1]
+    shown = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+    if len(devices) % fixed or (not free and fixed > len(devices)):
+        raise UserError(f"{shown}: the fixed sizes multiply to {fixed}, which does not divide {len(devices)} devices; change one of them")
+    if free:
+        sizes[free[0]] = len(devices) // fixed
+    elif fixed < len(devices):
+        raise UserError(f"{shown}: uses {fixed} of {len(devices)} devices; set one axis to -1 to take the rest")
+    types = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+
+
+def spec_of(axes: tuple[str, ...], shape: tuple[int, ...], rules: Rules, mesh: Mesh, name: str) -> PartitionSpec:
+    """The partition of one array with logical `axes` (a stacked array has one more leading dimension, "layers").
+
+    Raises:
+        UserError: an axis without a rule, a mesh axis used twice, or a dimension its mesh axes do not divide; the
+            message names the array.
+    """
+    if len(shape) == len(axes) + 1:
+        axes = ("layers", *axes)
+    used: dict[str, str] = {}
+    parts: list[Any] = []
+    for logical, size in zip(axes, shape, strict=True):
+        if logical not in rules:
+            raise UserError(f"mesh rules: array {name} has the axis {logical!r}, which has no rule; add `{logical}: null`")
+        targets = tuple(axis for axis in rules[logical] if mesh.shape[axis] > 1)
+        for axis in targets:
+            if axis in used:
+                raise UserError(
+                    f"mesh rules: array {name} would use mesh axis {axis!r} twice (for {used[axis]} and {logical}); change one rule"
+                )
+            used[axis] = logical
+        ways = 1
+        for axis in targets:
+            ways *= mesh.shape[axis]
+        if size % ways:
+            raise UserError(
+                f"mesh: array {name}, axis {logical} of {size}, is not divisible by {' x '.join(f'{a}={mesh.shape[a]}' for a in targets)}; "
+                f"change the mesh or the model"
+            )
+        parts.append(targets if len(targets) > 1 else targets[0] if targets else None)
+    return PartitionSpec(*parts)
+
+
+def shardings(tree: Any, model: Any, rules: Rules, mesh: Mesh) -> Any:
+    """A sharding for every leaf of `tree` (abstract or concrete): parameters and whatever has a parameter's shape by
+    its logical axes (gradients, moments), everything else replicated."""
+    known = {
+        (leaf.get_metadata()["axes"], tuple(leaf.shape))
+        for leaf in jax.tree.leaves(model, is_leaf=_is_variable)
+        if _is_variable(leaf)
+    }
+
+    def place(path: Any, leaf: Any) -> Any:
+        spec = PartitionSpec()
+        if _is_variable(leaf):
+            axes = leaf.get_metadata().get("axes")
+            if hasattr(leaf[...], "shape") and (axes, tuple(leaf.shape)) in known:
+                spec = spec_of(axes, tuple(leaf.shape), rules, mesh, jax.tree_util.keystr(path, simple=True, separator="."))
+            return jax.tree.map(lambda _: NamedSharding(mesh, spec), leaf)
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(place, tree, is_leaf=_is_variable)
+
+
+def batch_sharding(rules: Rules, mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """The sharding of [*leading, batch, ...]: the batch axis over its mesh axes."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * leading, rules["batch"]))
+
+
+def batch_ways(rules: Rules, mesh: Mesh) -> int:
+    """Into how many parts the batch axis is cut."""
+    ways = 1
+    for axis in rules["batch"]:
+        ways *= mesh.shape[axis]
+    return ways
+
+
+def _is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable)

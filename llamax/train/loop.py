@@ -1,0 +1,346 @@
+"""The loop: one run from its config to its result, resumable anywhere.
+
+Everything with an effect is here: the run directory, checkpoints, the clock. The step itself is in step.py.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from llamax.accounting.horizon import Horizon, horizon
+from llamax.accounting.params import count_params
+from llamax.accounting.peaks import mfu
+from llamax.config.run import RunConfig
+from llamax.data.batches import TrainBatches, eval_batches
+from llamax.data.open import open_data
+from llamax.data.store import Store
+from llamax.errors import UserError
+from llamax.mesh.rules import batch_sharding, batch_ways, load_rules, make_mesh
+from llamax.mesh.start import start
+from llamax.train.checkpoints import Checkpoints
+from llamax.train.evaluate import evaluate
+from llamax.train.progress import Progress
+from llamax.train.run_dir import RunDir, open_run
+from llamax.train.signals import Interrupted, Signals
+from llamax.train.state import TrainState, abstract_state, hyper_of, init_state
+from llamax.train.step import Dispatch, execution_of, make_dispatch
+
+SECONDS_PER_DISPATCH = 1.0  # a dispatch is cut to about this, so that a signal is answered and progress is seen
+
+Report = Callable[[Progress], None]
+
+
+def train(config: RunConfig, run_dir: Path, *, report: Report | None = None) -> dict[str, Any]:
+    """Train to the horizon, or resume to it, and return what result.json holds.
+
+    A finished run returns its stored result. On the same mesh an interrupted and resumed run gives the numbers of an
+    uninterrupted one bit for bit. SIGTERM or Ctrl-C saves a checkpoint and raises `Interrupted`.
+
+    Raises:
+        UserError: data, mesh or run directory do not fit the config.
+        Interrupted: a signal asked to stop; the same call resumes.
+    """
+    start()
+    store = open_data(config.data)
+    _check_vocabulary(config, store)
+    rules = load_rules(config.mesh.rules)
+    mesh = make_mesh(config.mesh)
+    _check_batch(config, batch_ways(rules, mesh))
+    abstract = abstract_state(config, rules, mesh)
+    batches = TrainBatches(
+        store,
+        batch_size=config.train.batch_size,
+        seq_len=config.train.seq_len,
+        seed=config.train.seed,
+        mask_documents=config.data.mask_documents,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    with open_run(run_dir, config, store.fingerprint) as run:
+        if run.result is not None:
+            return run.result
+        return _Session(config, run, store, batches, mesh, abstract, report or _silent).run()
+
+
+class _Session:
+    """One process's part in a run: from the newest checkpoint to the end, or to a signal."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: RunDir,
+        store: Store,
+        batches: TrainBatches,
+        mesh: Mesh,
+        abstract: TrainState,
+        report: Report,
+    ):
+        self.config, self.run_dir, self.store, self.batches, self.mesh = config, run, store, batches, mesh
+        self.abstract, self.report = abstract, report
+        self.rules = load_rules(config.mesh.rules)
+        self.horizon: Horizon = horizon(config)
+        self.tokens_per_step = config.train.batch_size * config.train.seq_len
+        self.flops_per_token = {name: total / self.horizon.tokens for name, total in self.horizon.flops.items()}
+        self.clock = time.perf_counter()
+        self.seconds_before = 0.0
+        self.fetched_at = (0, self.clock)  # (step, clock) of the newest metrics on the host
+        self.losses: dict[str, float] = {"loss": math.nan, "tokens_per_second": math.nan}
+        self.train_seconds = 0.0
+        self.train_steps = 0
+
+    # ------------------------------------------------------------ the run, top to bottom
+    def run(self) -> dict[str, Any]:
+        """Restore, compile, train, evaluate, finish."""
+        steps = self.horizon.steps
+        with Checkpoints(self.run_dir.path / "checkpoints", self.config.checkpoint, on_warning=_warn) as checkpoints:
+            self._progress(0, "restoring")
+            state, step = self._restore(checkpoints)
+            self._progress(step, "compiling")
+            dispatch = self._compile(state) if step < steps else None
+            with Signals() as signals:
+                state, step, cause = self._train(dispatch, state, step, checkpoints, signals)
+                checkpoints.save(step, state, self._meta(), permanent=True)
+                loss, tokens = self._evaluate(state, step, signals)
+                checkpoints.wait()
+            result = self._result(step, cause, int(state.skipped), loss, tokens)
+            self.run_dir.finish(result)
+        self._progress(step, "done")
+        return result
+
+    def _restore(self, checkpoints: Checkpoints) -> tuple[TrainState, int]:
+        found = checkpoints.restore(self.abstract)
+        if found is None:
+            self.run_dir.rewind(0)
+            return init_state(self.config, self.horizon.steps, self.abstract), 0
+        step, state, meta = found
+        self.seconds_before = float(meta.get("seconds", 0.0))
+        self.run_dir.rewind(step)
+        return state, step
+
+    def _compile(self, state: TrainState) -> Dispatch:
+        """The dispatch compiled ahead of time, so that its seconds never count as training."""
+        example = self._load(0, 0)
+        lowered = make_dispatch(self.config, self.rules, self.mesh, self.abstract).lower(state, example, jnp.int32(0))  # type: ignore[attr-defined]
+        return lowered.compile()
+
+    def _train(
+        self, dispatch: Dispatch | None, state: TrainState, step: int, checkpoints: Checkpoints, signals: Signals
+    ) -> tuple[TrainState, int, str | None]:
+        """Dispatch until the horizon, one dispatch ahead of the metrics; (state, steps done, cause of divergence)."""
+        steps, config = self.horizon.steps, self.config
+        self.fetched_at = (step, time.perf_counter())
+        pending: tuple[int, Any, Any] | None = None
+        cause: str | None = None
+        last_save = time.perf_counter()
+        upcoming = self._load(step, self._count(step))
+        while dispatch is not None and step < steps:
+            count = self._count(step)
+            state, metrics, ran = dispatch(state, upcoming, jnp.int32(count))
+            previous, pending = pending, (step, metrics, ran)
+            step += count
+            if step < steps:
+                upcoming = self._load(step, config.train.steps_per_dispatch)
+            cause = self._fetch(previous)
+            due = self._is_due(config.train.eval_every_steps, step) and step < steps
+            permanent = self._is_due(config.checkpoint.every_steps, step) and step < steps
+            temporary = (
+                config.checkpoint.every_seconds is not None and time.perf_counter() - last_save > config.checkpoint.every_seconds
+            )
+            if cause is None and (due or permanent or temporary or signals.received):
+                cause, pending = self._fetch(pending), None
+            if cause is not None:
+                break
+            if permanent or temporary or signals.received:
+                checkpoints.save(step, state, self._meta(), permanent=permanent)
+                last_save = time.perf_counter()
+            if signals.received:
+                checkpoints.wait()
+                raise Interrupted(signals.received, step)
+            if due:
+                self._evaluate(state, step, signals)
+        cause = cause or self._fetch(pending)
+        return state, int(state.step), cause
+
+    # ------------------------------------------------------------ pieces
+    def _count(self, step: int) -> int:
+        """How many steps the next dispatch takes: up to the next boundary, and to about SECONDS_PER_DISPATCH."""
+        train, checkpoint = self.config.train, self.config.checkpoint
+        count = min(train.steps_per_dispatch, self.horizon.steps - step)
+        for every in (checkpoint.every_steps, train.eval_every_steps):
+            if every is not None:
+                count = min(count, every - step % every)
+        if self.train_steps:
+            count = min(count, max(1, int(SECONDS_PER_DISPATCH * self.train_steps / max(self.train_seconds, 1e-9))))
+        return count
+
+    @staticmethod
+    def _is_due(every: int | None, step: int) -> bool:
+        return every is not None and step % every == 0
+
+    def _load(self, step: int, count: int) -> dict[str, jax.Array]:
+        """Batches `step` .. `step + count - 1` on the mesh, padded with zeros to the compiled capacity."""
+        capacity = self.config.train.steps_per_dispatch
+        rows = [self.batches(k) for k in range(step, min(step + max(count, 1), self.horizon.steps))]
+        place = batch_sharding(self.rules, self.mesh, leading=1)
+
+        def stack(name: str) -> jax.Array:
+            host = np.zeros((capacity, *rows[0][name].shape), rows[0][name].dtype)
+            for i, row in enumerate(rows):
+                host[i] = row[name]
+            return jax.make_array_from_process_local_data(place, host)
+
+        return {name: stack(name) for name in rows[0]}
+
+    def _fetch(self, pending: tuple[int, Any, Any] | None) -> str | None:
+        """Bring one dispatch's metrics to the host, log its rows, report; the cause if the run diverged."""
+        if pending is None:
+            return None
+        first, metrics, ran = pending
+        metrics, ran = jax.device_get((metrics, ran))
+        now, count = time.perf_counter(), int(ran)
+        if count == 0:
+            return None
+        before, then = self.fetched_at
+        elapsed = max(now - then, 1e-9)
+        self.train_seconds, self.train_steps = self.train_seconds + elapsed, self.train_steps + first + count - before
+        self.fetched_at = (first + count, now)
+        rate = (first + count - before) * self.tokens_per_step / elapsed
+        rows = [self._row(first + i + 1, {k: float(v[i]) for k, v in metrics.items()}, rate) for i in range(count)]
+        every, last = self.config.log.every_steps, self.horizon.steps
+        bad = count and self._diverged(rows[-1])
+        kept = [r for r in rows if r["step"] % every == 0 or r["step"] in (1, last) or (bad and r is rows[-1])]
+        self.run_dir.log(kept)
+        self.losses = {"loss": rows[-1]["loss"], "tokens_per_second": rate}
+        self._progress(first + count, "training")
+        return bad if bad and self.config.train.on_divergence == "stop" else None
+
+    def _diverged(self, row: dict[str, Any]) -> str | None:
+        """Why this row's step was refused, or None; the limit is the step's own, seen in whether weights moved."""
+        if not math.isfinite(row["loss"]):
+            return f"loss is {row['loss']} at step {row['step']}"
+        if not math.isfinite(row["grad_norm"]):
+            return f"gradient norm is {row['grad_norm']} at step {row['step']}"
+        if row["bad"]:
+            return (
+                f"loss {row['loss']:.4f} at step {row['step']} exceeds train.divergence_factor="
+                f"{self.config.train.divergence_factor:g} x the running average"
+            )
+        return None
+
+    def _row(self, step: int, metrics: dict[str, float], rate: float) -> dict[str, Any]:
+        tokens = step * self.tokens_per_step
+        row: dict[str, Any] = {"step": step, "tokens": tokens, **metrics, "tokens_per_second": rate, "seconds": self._seconds()}
+        row |= {f"flops_{name}": per_token * tokens for name, per_token in self.flops_per_token.items()}
+        device = self.mesh.devices.flat[0].device_kind
+        found = mfu(self.flops_per_token["causal"] * rate, device, self.mesh.size, self.config.train.compute_dtype)
+        return row if found is None else {**row, **found.as_row()}
+
+    def _evaluate(self, state: TrainState, step: int, signals: Signals) -> tuple[float, int]:
+        """Loss on the held-out split, logged to evals.jsonl."""
+        self._progress(step, "evaluating")
+        train = self.config.train
+        place = batch_sharding(self.rules, self.mesh)
+
+        def placed() -> Iterator[dict[str, jax.Array]]:
+            for batch in eval_batches(
+                self.store,
+                batch_size=train.batch_size,
+                seq_len=train.seq_len,
+                max_tokens=self.config.data.eval_tokens,
+                mask_documents=self.config.data.mask_documents,
+            ):
+                if signals.received:
+                    raise Interrupted(signals.received, step)
+                yield {name: jax.make_array_from_process_local_data(place, a) for name, a in batch.items()}
+
+        execution = execution_of(self.config, self.rules, self.mesh)
+        loss, tokens = evaluate(state.model, placed(), loss_chunk=train.loss_chunk, execution=execution)
+        row = {"step": step, "tokens": step * self.tokens_per_step, "loss": loss, "eval_tokens": tokens}
+        self.run_dir.log_eval({**row, "bits_per_byte": self._bits_per_byte(loss), "seconds": self._seconds()})
+        return loss, tokens
+
+    def _bits_per_byte(self, loss: float) -> float:
+        return loss / math.log(2) * self.store.tokens("held_out") / self.store.bytes("held_out")
+
+    def _result(self, step: int, cause: str | None, skipped: int, loss: float, tokens: int) -> dict[str, Any]:
+        params = count_params(self.config.model)
+        seen = step * self.tokens_per_step
+        return {
+            "status": "diverged" if cause else "done",
+            "cause": cause,
+            "name": self.run_dir.path.name,
+            "hash": self.config.hash8,
+            "steps": step,
+            "skipped_steps": skipped,
+            "tokens": seen,
+            "train_loss": self.losses["loss"],
+            "eval_loss": loss,
+            "eval_bits_per_byte": self._bits_per_byte(loss),
+            "eval_tokens": tokens,
+            "params_total": params.total,
+            "params_active": params.active,
+            "n": params.active_matmul,
+            **{f"flops_{name}": per_token * seen for name, per_token in self.flops_per_token.items()},
+            "seconds": self._seconds(),
+            "tokens_per_second": self.train_steps * self.tokens_per_step / self.train_seconds if self.train_seconds else None,
+            "unique_tokens": self.batches.unique_tokens(step),
+            "epochs": self.batches.epochs(step),
+            "fingerprint": self.store.fingerprint,
+        }
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.clock
+
+    def _meta(self) -> dict[str, Any]:
+        return {"seconds": self._seconds(), "fingerprint": self.store.fingerprint}
+
+    def _progress(self, step: int, phase: str) -> None:
+        rate = self.losses["tokens_per_second"]
+        left = (self.horizon.steps - step) * self.tokens_per_step / rate if rate > 0 else math.nan
+        self.report(
+            Progress(
+                step=step,
+                steps=self.horizon.steps,
+                tokens=step * self.tokens_per_step,
+                loss=self.losses["loss"],
+                tokens_per_second=rate,
+                seconds_left=left,
+                phase=phase,
+            )
+        )
+
+
+def _check_vocabulary(config: RunConfig, store: Store) -> None:
+    padded = -(-store.vocab_size // 256) * 256
+    if not store.vocab_size <= config.model.vocab_size <= padded:
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size} does not fit the store's vocabulary of {store.vocab_size} ({store.path}); "
+            f"set model.vocab_size={store.vocab_size}, or up to {padded} to pad, or use another store"
+        )
+
+
+def _check_batch(config: RunConfig, ways: int) -> None:
+    micro = config.train.batch_size // config.train.grad_accumulation
+    if micro % ways:
+        raise UserError(
+            f"train.batch_size={config.train.batch_size} / train.grad_accumulation={config.train.grad_accumulation} = {micro} "
+            f"sequences are not divisible by the mesh's {ways} batch shards; choose a multiple of {ways * config.train.grad_accumulation}"
+        )
+
+
+def _silent(progress: Progress) -> None:
+    pass
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)

@@ -1,0 +1,66 @@
+"""The training state: everything a step reads and writes, as one pytree of arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from llamax.config.run import RunConfig
+from llamax.mesh.rules import Rules, shardings
+from llamax.model.transformer import Transformer
+from llamax.train.optimizer import hyperparameters, make_optimizer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Weights, optimizer state, counters, and every number that does not change a shape.
+
+    `step` counts optimizer updates tried, `skipped` those not applied, `average` is the running mean of the loss that
+    divergence is measured against (nats per token, NaN before the first step).
+    """
+
+    model: Transformer
+    opt_state: Any
+    step: Int[Array, ""]
+    skipped: Int[Array, ""]
+    average: Float[Array, ""]
+    hyper: dict[str, Array]
+
+
+def hyper_of(config: RunConfig, total_steps: int) -> dict[str, Array]:
+    """The arrays of `TrainState.hyper`: optimizer, schedule, loss coefficients, divergence factor."""
+    values = hyperparameters(config.optimizer, config.schedule, total_steps)
+    for name in ("z_loss", "moe_balance_loss", "moe_z_loss", "divergence_factor"):
+        values[name] = getattr(config.train, name)
+    return {name: jnp.float32(value) for name, value in values.items()}
+
+
+def _initial(config: RunConfig, hyper: dict[str, Array], key: Array) -> TrainState:
+    model = Transformer(config.model, key=key)
+    opt_state = make_optimizer(config.optimizer, hyper, hyper["lr"]).init(model)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(model, opt_state, zero, zero, jnp.float32(jnp.nan), hyper)
+
+
+def abstract_state(config: RunConfig, rules: Rules, mesh: Mesh) -> TrainState:
+    """The state as shapes with shardings on `mesh`: what a restore targets, and what `init_state` fills.
+
+    Raises:
+        UserError: a rule or an axis that does not fit, naming the array.
+    """
+    shapes = jax.eval_shape(lambda h, k: _initial(config, h, k), hyper_of(config, 1), jax.random.key(0))
+    places = shardings(shapes, shapes.model, rules, mesh)
+    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places)
+
+
+def init_state(config: RunConfig, total_steps: int, abstract: TrainState) -> TrainState:
+    """A fresh state, each array made where it belongs; the same numbers on every mesh."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    build = jax.jit(lambda h, k: _initial(config, h, k), out_shardings=places)
+    return build(hyper_of(config, total_steps), jax.random.key(config.train.seed))
