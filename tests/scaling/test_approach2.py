@@ -81,7 +81,7 @@ def test_recovers_the_exponents_and_counts_the_valleys():
 
 
 def test_frontier_is_the_laws_own():
-    # At the optimum both power terms fall as C^-(alpha beta / (alpha + beta)); only the grid's width biases the heights.
+    # At the optimum both power terms fall as C^-(alpha beta / (alpha + beta)); the grid's width biases the heights.
     fit = fit_approach2(isoflop(budgets=(1e11, 1e12, 1e13, 1e14), sizes=9, span=1.3))
     assert fit.frontier.gamma == pytest.approx(TINY.alpha * TINY.beta / (TINY.alpha + TINY.beta), rel=1e-3)
     assert pytest.approx(TINY.E, rel=1e-3) == fit.frontier.E

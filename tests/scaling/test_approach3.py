@@ -3,7 +3,7 @@ import pytest
 
 from llamax.errors import UserError
 from llamax.scaling import fit_approach3, optimal_allocation
-from llamax.scaling.approach3 import huber_objective, refit, residual_scale
+from llamax.scaling.approach3 import check_runs, huber_objective, refit, residual_scale
 
 from .published import chinchilla_runs, expected
 from .synthetic import CHINCHILLA, TINY, isoflop
@@ -132,7 +132,6 @@ def test_what_the_data_cannot_tell_is_said_in_words():
     ("change", "message"),
     [
         (lambda n, d, y: (n[:5], d[:5], y[:5]), "5 runs"),
-        (lambda n, d, y: (n, d[:-1], y), "24, 23 and 24 values"),
         (lambda n, d, y: (-n, d, y), "column n"),
         (lambda n, d, y: (n, d * 0, y), "column d"),
         (lambda n, d, y: (n, d, np.where(y == y.max(), np.nan, y)), "column loss"),
@@ -144,6 +143,12 @@ def test_what_the_data_cannot_tell_is_said_in_words():
 def test_bad_input(change, message):
     with pytest.raises(UserError, match=message):
         fit_approach3(*change(*columns(isoflop())))
+
+
+def test_unequal_columns_are_refused():
+    n, d, loss = columns(isoflop())
+    with pytest.raises(UserError, match="24, 23 and 24 values"):
+        check_runs(n, d[:-1], loss)
 
 
 def test_integers_are_numbers():
