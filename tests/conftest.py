@@ -1,4 +1,5 @@
-"""What every test starts from: eight simulated CPU devices, shapes checked at run time, caches in a throw-away folder."""
+"""What every test starts from: eight simulated CPU devices, shapes checked at run time, caches in a throw-away
+folder."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
 os.environ["LLAMAX_CACHE"] = tempfile.mkdtemp(prefix="llamax-test-cache-")
 
-import pytest
-from jaxtyping import install_import_hook
+import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
 
 # The array packages only: pydantic already checks the config, and command line start-up stays as users have it.
 CHECKED = ["model", "data", "mesh", "train", "scaling"]
@@ -32,7 +33,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def shared_reference() -> Path:
     """The folder of reference material (published configs, counts, fixtures), which lives outside the repository.
 
-    `LLAMAX_REFERENCE` names it; by default `../shared/reference` beside the checkout. Tests that need it skip without it.
+    `LLAMAX_REFERENCE` names it; by default `../shared/reference` beside the checkout. Tests that need it skip without
+    it.
     """
     named = os.environ.get("LLAMAX_REFERENCE")
     folder = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "reference"

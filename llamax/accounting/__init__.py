@@ -1,5 +1,6 @@
 """Parameters, FLOPs, bytes and horizons: arithmetic on configs, no JAX. Every other part reads its numbers here."""
 
+from llamax.accounting.cards import list_models, show_model
 from llamax.accounting.flops import CONVENTIONS, forward_flops_by_component, training_flops_per_token
 from llamax.accounting.horizon import Horizon, horizon
 from llamax.accounting.memory import MEMORY_RULES, kv_cache_bytes_per_token, memory_bytes
@@ -18,7 +19,9 @@ __all__ = [
     "horizon",
     "kv_cache_bytes_per_token",
     "leaves",
+    "list_models",
     "memory_bytes",
     "mfu",
+    "show_model",
     "training_flops_per_token",
 ]

@@ -14,15 +14,14 @@ step is three forward passes' worth, because the backward pass has two matrix pr
 |              | block, logits. All pairs of positions. Norms, biases and activation functions are not counted.    |
 | `causal`     | Matrix products a causal kernel must do, exactly: as the table, without the embedding lookup and  |
 |              | the softmax, and each query meets only the keys it can see.                                       |
-
-K is the number of keys a query is charged for: all `seq_len` (or `window`, if smaller) under `palm` and `chinchilla`; under
-`causal` the average number of visible keys, (T + 1) / 2 without a window, which is where half the attention goes.
-
-Adaptations the sources do not spell out, the same under every convention: grouped-query attention projects to
-heads + 2 kv_heads (the scores stay at `heads`); a gated MLP (`*glu`) has three matrices where the Chinchilla table has two; a
-mixture of experts costs its router (d x E), top_k experts and the shared expert; each layer of a mixed stack is counted by
-its own block. Table A4 of the Chinchilla paper itself leaves out its embedding and logits rows; this table keeps them, as
-appendix F prints it (a test reproduces A4 from the remaining rows).
+ K is the number of keys a query is charged for: all `seq_len` (or `window`, if smaller) under `palm` and
+`chinchilla`; under `causal` the average number of visible keys, (T + 1) / 2 without a window, which is where half the
+attention goes.
+ Adaptations the sources do not spell out, the same under every convention: grouped-query attention projects to heads
++ 2 kv_heads (the scores stay at `heads`); a gated MLP (`*glu`) has three matrices where the Chinchilla table has two;
+a mixture of experts costs its router (d x E), top_k experts and the shared expert; each layer of a mixed stack is
+counted by its own block. Table A4 of the Chinchilla paper itself leaves out its embedding and logits rows; this table
+keeps them, as appendix F prints it (a test reproduces A4 from the remaining rows).
 """
 
 from __future__ import annotations

@@ -45,10 +45,14 @@ def horizon(config: RunConfig) -> Horizon:
     if steps < 1:
         raise UserError(
             f"train.{name}={given:g} is less than one step of {per_step:,} tokens "
-            f"(train.batch_size={train.batch_size} x train.seq_len={train.seq_len}); raise it or lower the batch ({rule})"
+            f"(train.batch_size={train.batch_size} x train.seq_len={train.seq_len}); "
+            f"raise it or lower the batch ({rule})"
         )
     tokens = steps * per_step
-    flops = {convention: value * tokens for convention, value in training_flops_per_token(config.model, train.seq_len).items()}
+    flops = {
+        convention: value * tokens
+        for convention, value in training_flops_per_token(config.model, train.seq_len).items()
+    }
     return Horizon(steps, tokens, n, tokens / n, flops, rule)
 
 

@@ -1,7 +1,6 @@
 """Bytes a training run needs, summed over the whole mesh, and the bytes of a KV cache.
-
-Parameters, gradients and optimizer states are exact for the layouts in use. Activations are an estimate: what the backward
-pass keeps, by the rules in `MEMORY_RULES`; compilers fuse some of it away and add buffers of their own.
+ Parameters, gradients and optimizer states are exact for the layouts in use. Activations are an estimate: what the
+backward pass keeps, by the rules in `MEMORY_RULES`; compilers fuse some of it away and add buffers of their own.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ MEMORY_RULES: dict[str, str] = {
     "gradients": "4 bytes a parameter, twice that with gradient accumulation (the sum and the newest part)",
     "optimizer": "4 bytes a moment: AdamW 2 a parameter; Muon 1 for matrices, 2 for the rest; Lion and SGD 1; "
     "Adafactor one row and one column for arrays whose two largest sides reach 128, 1 a parameter otherwise",
-    "activations": "what the backward pass keeps of one microbatch. none: every intermediate of every layer, attention "
-    "weights included; dots: inputs of the layer and results of its weight matmuls, one layer's intermediates; "
-    "full: inputs of the layer, one layer's intermediates",
+    "activations": "what the backward pass keeps of one microbatch, plus the float32 attention scores and their gradient "
+    "in one layer. none: every intermediate of every layer, attention weights included; dots: each unit's input and the "
+    "results of its weight matmuls, and one unit's intermediates; full: each unit's input, and one unit's intermediates",
     "logits": "two float32 arrays (logits, their gradient) of vocab_size for loss_chunk tokens (null: the microbatch)",
     "total": "the sum, over the whole mesh: divide by the devices for what is sharded over all of them",
 }
@@ -46,7 +45,8 @@ def memory_bytes(config: RunConfig) -> dict[str, int]:
 
 
 def kv_cache_bytes_per_token(model: ModelConfig, bytes_per_value: int = 2) -> int:
-    """Bytes one more token appends to the KV cache: 2 (keys, values) x kv_heads x head_dim x layers, bfloat16 by default.
+    """Bytes one more token appends to the KV cache: 2 (keys, values) x kv_heads x head_dim x layers, bfloat16 by
+    default.
 
     A layer with a window appends as much until the window is full and nothing after.
     """
@@ -66,25 +66,29 @@ def _moments(leaf: Leaf, optimizer: str) -> int:
 
 
 def _activation_bytes_per_token(model: ModelConfig, train: TrainConfig) -> int:
-    """Bytes kept for the backward pass per token of the microbatch, all layers."""
-    carry, operand = _BYTES[train.activation_dtype], _BYTES[train.compute_dtype]
-    whole = [_block_bytes(block, model.d_model, train.seq_len, carry, operand) for block in model.layers]
-    inputs = len(whole) * carry * model.d_model
-    if train.remat == "none":
-        return sum(whole)
-    if train.remat == "full":
-        return inputs + max(whole)
-    return inputs + max(whole) + sum(operand * _matmul_width(block, model.d_model) for block in model.layers)
+    """Bytes per token of the microbatch: what is kept of every layer, and the scratch of the unit at work.
+
+    Rematerialization works on units (the body of the scan over layers), so their inputs are what is kept.
+    """
+    d, carry, operand = model.d_model, _BYTES[train.activation_dtype], _BYTES[train.compute_dtype]
+    kept, scratch = 0, 0
+    for repeat, unit in model.blocks:
+        whole = sum(_block_bytes(block, d, train.seq_len, carry, operand) for block in unit)
+        scores = max(2 * _F32 * block.attention.heads * train.seq_len for block in unit)
+        matmuls = operand * sum(_matmul_width(block, d) for block in unit)
+        kept += repeat * {"none": whole, "dots": carry * d + matmuls, "full": carry * d}[train.remat]
+        scratch = max(scratch, scores + (0 if train.remat == "none" else whole))
+    return kept + scratch
 
 
 def _block_bytes(block: Block, d: int, seq_len: int, carry: int, operand: int) -> int:
-    """Every intermediate of one block, per token: residual stream, norms, q k v before and after rotation, attention
-    weights (float32 scores and their softmax, all `seq_len` keys: no flash kernel), attention output, MLP."""
+    """The intermediates of one block, per token: residual stream and norms, q k v before and after rotation, attention
+    weights (no flash kernel: all `seq_len` keys, and the slope of a softcap), attention output, MLP."""
     a = block.attention
     sublayers = 4 if block.placement == "sandwich" else 2
     residual = carry * d * (2 + sublayers)
-    qkv = operand * 2 * (a.heads + a.kv_heads) * a.head_dim + operand * a.kv_heads * a.head_dim
-    weights = 2 * _F32 * a.heads * seq_len
+    qkv = operand * (2 * (a.heads + a.kv_heads) + a.kv_heads) * a.head_dim
+    weights = a.heads * seq_len * (operand + (_F32 if a.softcap is not None else 0))
     return residual + qkv + weights + operand * (a.heads * a.head_dim + d) + operand * _mlp_width(block.mlp, d)
 
 

@@ -15,7 +15,17 @@ from llamax.config.components import Attention, DenseMlp, LayerNorm, Mlp, MoeMlp
 from llamax.config.model import Block, ModelConfig
 
 Component = Literal["embedding", "position", "attention", "mlp", "router", "experts", "shared", "norm", "head"]
-COMPONENTS: tuple[Component, ...] = ("embedding", "position", "attention", "mlp", "router", "experts", "shared", "norm", "head")
+COMPONENTS: tuple[Component, ...] = (
+    "embedding",
+    "position",
+    "attention",
+    "mlp",
+    "router",
+    "experts",
+    "shared",
+    "norm",
+    "head",
+)
 
 
 @dataclass(frozen=True)
@@ -48,9 +58,10 @@ class Leaf:
 class Params:
     """Parameter counts. Each field counts scalars stored, all layers together, biases with the matrix they belong to.
 
-    `attention` includes QK norms; `experts` counts all E routed experts; `shared` the shared experts; `norm` the block and
-    final norms; `head` the untied output matrix (0 when tied) and its bias. `routed_active` is the part of `experts` one
-    token uses; `lookup` the part of `embedding` and `position` that is only looked up, never multiplied.
+    `attention` includes QK norms; `experts` counts all E routed experts; `shared` the shared experts; `norm` the
+    block and final norms; `head` the untied output matrix (0 when tied) and its bias. `routed_active` is the part of
+    `experts` one token uses; `lookup` the part of `embedding` and `position` that is only looked up, never
+    multiplied.
     """
 
     embedding: int
@@ -112,7 +123,14 @@ def leaves(model: ModelConfig) -> Iterator[Leaf]:
     for s, (repeat, unit) in enumerate(model.blocks):
         for u, block in enumerate(unit):
             for leaf in _block(block, d):
-                yield Leaf(f"segments.{s}.{u}.{leaf.name}", leaf.component, leaf.group, leaf.shape, repeat, leaf.active_fraction)
+                yield Leaf(
+                    f"segments.{s}.{u}.{leaf.name}",
+                    leaf.component,
+                    leaf.group,
+                    leaf.shape,
+                    repeat,
+                    leaf.active_fraction,
+                )
     yield from _norm("final_norm", "norm", model.norm, d)
     if not model.head.tied:
         yield Leaf("head", "head", "head", (d, vocab))

@@ -1,8 +1,7 @@
 """Peak arithmetic rates of accelerators, and model FLOPs utilization.
-
-Dense rates (never the "with sparsity" figure, which is twice as large), per JAX device, in FLOP/s. Collected 2026-11 from
-vendors' data sheets: NVIDIA product data sheets and architecture white papers (V100, A100, H100, H200, Blackwell, Ada, GA102),
-Google Cloud TPU system architecture pages. On TPU v2, v3 and v7x a JAX device is half a chip.
+ Dense rates (never the "with sparsity" figure, which is twice as large), per JAX device, in FLOP/s. Collected 2026-11
+from vendors' data sheets: NVIDIA product data sheets and architecture white papers (V100, A100, H100, H200,
+Blackwell, Ada, GA102), Google Cloud TPU system architecture pages. On TPU v2, v3 and v7x a JAX device is half a chip.
 """
 
 from __future__ import annotations
@@ -17,8 +16,9 @@ _T = 1e12
 class Peak:
     """One row: `device` is a regular expression for the whole of jax's `device_kind`.
 
-    `bf16`: bfloat16 operands, float32 accumulation. `f32`: what a float32 matmul at JAX's default precision runs at: TF32 on
-    NVIDIA from Ampere on, plain float32 before, one bfloat16 pass on TPU. None where the device lacks the format.
+    `bf16`: bfloat16 operands, float32 accumulation. `f32`: what a float32 matmul at JAX's default precision runs at:
+    TF32 on NVIDIA from Ampere on, plain float32 before, one bfloat16 pass on TPU. None where the device lacks the
+    format.
     """
 
     device: str
@@ -68,7 +68,8 @@ PEAKS: tuple[Peak, ...] = (
 class Mfu:
     """Model FLOPs utilization: `fraction` = flops_per_second / (peak_flops_per_second x n_devices).
 
-    It says nothing without its FLOP convention, which the caller chose and prints beside it, and the peak, which is here.
+    It says nothing without its FLOP convention, which the caller chose and prints beside it, and the peak, which is
+    here.
     """
 
     fraction: float
@@ -90,7 +91,8 @@ def peak_flops_per_second(device_kind: str, dtype: str = "bfloat16") -> float | 
 
 
 def mfu(flops_per_second: float, device_kind: str, n_devices: int, dtype: str = "bfloat16") -> Mfu | None:
-    """Utilization of `n_devices` devices of one kind by `flops_per_second` in total; None where the peak is not known."""
+    """Utilization of `n_devices` devices of one kind by `flops_per_second` in total; None where the peak is not
+    known."""
     peak = peak_flops_per_second(device_kind, dtype)
     if peak is None:
         return None

@@ -73,6 +73,12 @@ class RopeYarn(Frozen):
     mscale: float | None = None
     mscale_all_dim: float | None = None
 
+    @model_validator(mode="after")
+    def _pair(self) -> RopeYarn:
+        if (self.mscale is None) != (self.mscale_all_dim is None):
+            raise ValueError(f"mscale={self.mscale} and mscale_all_dim={self.mscale_all_dim}: give both or neither")
+        return self
+
 
 RopeScaling = Annotated[RopeLinear | RopeLlama3 | RopeYarn, Field(discriminator="kind")]
 
@@ -136,7 +142,9 @@ class GroupedQueryAttention(Frozen):
     @model_validator(mode="after")
     def _groups(self) -> GroupedQueryAttention:
         if self.heads % self.kv_heads:
-            raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}; choose a divisor of heads")
+            raise ValueError(
+                f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}; choose a divisor of heads"
+            )
         return self
 
 
@@ -158,7 +166,8 @@ class DenseMlp(Frozen):
 
 
 class MoeMlp(Frozen):
-    """Mixture of `experts` feed-forward blocks, `top_k` a token, weights renormalized over the chosen (Mixtral, arXiv:2401.04088).
+    """Mixture of `experts` feed-forward blocks, `top_k` a token, weights renormalized over the chosen (Mixtral,
+    arXiv:2401.04088).
 
     Dropless. `shared`, if given, is a dense block every token also passes through.
     """
@@ -174,7 +183,9 @@ class MoeMlp(Frozen):
         if self.top_k > self.experts:
             raise ValueError(f"top_k={self.top_k} is larger than experts={self.experts}; lower top_k")
         if self.expert.bias:
-            raise ValueError("expert.bias=true is not supported: experts are bias-free grouped matmuls; set expert.bias=false")
+            raise ValueError(
+                "expert.bias=true is not supported: experts are bias-free grouped matmuls; set expert.bias=false"
+            )
         return self
 
 

@@ -42,7 +42,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         line = f" at line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}: not YAML{line}: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a mapping of fields, found {type(data).__name__}; start with `key: value` lines")
+        raise UserError(
+            f"{path}: expected a mapping of fields, found {type(data).__name__}; start with `key: value` lines"
+        )
     return numbers(data)
 
 
@@ -82,7 +84,7 @@ def find(folder: str, name: str, what: str) -> Path:
         path = Path(name).expanduser()
         if path.is_file():
             return path
-    raise UserError(unknown(what, name, list(shipped(folder))))
+    raise UserError(unknown(what, name, list(shipped(folder))) + " (a path ending in .yaml also works)")
 
 
 def unknown(what: str, name: str, known: list[str]) -> str:
@@ -90,4 +92,4 @@ def unknown(what: str, name: str, known: list[str]) -> str:
     import difflib
 
     near = difflib.get_close_matches(name, known, n=3) or known[:12]
-    return f"{what} {name!r} is not known; nearest: {', '.join(near)} (a path ending in .yaml also works)"
+    return f"{what} {name!r} is not known; nearest: {', '.join(near)}"

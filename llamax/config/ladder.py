@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any
 
-from llamax.config.files import find, read_yaml
+from llamax.config.files import find, read_yaml, shipped
 from llamax.errors import UserError
 
 LADDER = re.compile(r"^(?P<ladder>[a-z0-9_]+)/d(?P<width>\d+)$")
@@ -23,14 +24,16 @@ def ladder_model(name: str) -> dict[str, Any] | None:
     match = LADDER.match(name)
     if match is None:
         return None
-    rule = read_yaml(find("ladders", match["ladder"], "ladder"))
+    rule = _rule(match["ladder"])
     d_model = int(match["width"])
     multiple = rule["width_multiple"]
     if d_model < multiple or d_model % multiple:
         near = max(multiple, round(d_model / multiple) * multiple)
         raise UserError(f"ladder width d{d_model}: widths are multiples of {multiple}; the nearest is d{near}")
     layers = max(rule["layers"]["min"], round(rule["layers"]["a"] * d_model ** rule["layers"]["b"]))
-    head_dim = next(row["head_dim"] for row in rule["head_dims"] if d_model >= row["from_width"] and d_model % row["head_dim"] == 0)
+    head_dim = next(
+        row["head_dim"] for row in rule["head_dims"] if d_model >= row["from_width"] and d_model % row["head_dim"] == 0
+    )
     step = rule["d_ff"]["multiple"]
     d_ff = -(-int(rule["d_ff"]["ratio"] * d_model) // step) * step
     heads = d_model // head_dim
@@ -42,8 +45,11 @@ def ladder_model(name: str) -> dict[str, Any] | None:
     return model
 
 
+@lru_cache
+def _rule(ladder: str) -> dict[str, Any]:
+    return read_yaml(find("ladders", ladder, "ladder"))
+
+
 def ladder_names() -> list[str]:
     """The listed sizes of every shipped ladder; other widths of the rule work too."""
-    from llamax.config.files import shipped
-
-    return [f"{name}/d{width}" for name, path in shipped("ladders").items() for width in read_yaml(path)["widths"]]
+    return [f"{name}/d{width}" for name in shipped("ladders") for width in _rule(name)["widths"]]

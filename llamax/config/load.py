@@ -10,11 +10,13 @@ import yaml
 from pydantic import ValidationError
 
 from llamax.config.base import Frozen
-from llamax.config.files import find, read_yaml, shipped, unknown
+from llamax.config.cards import card_names, find_size, read_card
+from llamax.config.files import find, read_yaml, unknown
 from llamax.config.ladder import ladder_model, ladder_names
 from llamax.config.merge import apply_override, merge, parse_override
+from llamax.config.messages import explain
 from llamax.config.model import ModelConfig
-from llamax.config.run import Corpus, RunConfig
+from llamax.config.run import HORIZONS, Corpus, RunConfig
 from llamax.errors import UserError
 
 C = TypeVar("C", bound=Frozen)
@@ -31,7 +33,7 @@ def validate(cls: type[C], data: Any, where: str) -> C:
     try:
         return cls.model_validate_json(_json(data))  # JSON mode: strict, yet lists become tuples and 1 a float
     except ValidationError as error:
-        lines = [_explain(cls, e) for e in error.errors(include_url=False)]
+        lines = explain(cls, data, error)
         raise UserError("\n".join(f"{where}: {line}" for line in lines)) from None
 
 
@@ -47,7 +49,8 @@ def load_run(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def run_from_data(data: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "config") -> RunConfig:
-    """A run config from plain data as a file holds it; `base:` names a config it starts from, `model:` may be a name."""
+    """A run config from plain data as a file holds it; `base:` names a config it starts from, `model:` may be a
+    name."""
     parsed = [parse_override(text) for text in overrides]
     choose = [item for item in parsed if item[0] in (("base",), ("model",), ("model", "base"))]
     adjust = [item for item in parsed if item not in choose]
@@ -58,16 +61,20 @@ def run_from_data(data: Mapping[str, Any], overrides: Sequence[str] = (), where:
     if "model" in data:
         data["model"] = model_data(data["model"])
     for keys, value in adjust:
-        if keys[0] == "train" and len(keys) == 2 and keys[1] in ("steps", "tokens", "tokens_per_param", "flops"):
-            data = _replace_horizon(data, keys[1], [k[1] for k, v in adjust if k[0] == "train" and len(k) == 2 and v is not None])
+        if keys[0] == "train" and len(keys) == 2 and keys[1] in HORIZONS:
+            data = _replace_horizon(
+                data, [k[1] for k, v in adjust if k[0] == "train" and len(k) == 2 and v is not None]
+            )
         data = apply_override(data, keys, value)
     return validate(RunConfig, data, where)
 
 
-def _replace_horizon(data: dict[str, Any], name: str, given: list[str]) -> dict[str, Any]:
+def _replace_horizon(data: dict[str, Any], given: list[str]) -> dict[str, Any]:
     """Setting one horizon on the command line takes the place of the file's; two on the command line stay an error."""
-    train = {k: v for k, v in data.get("train", {}).items() if k in given or k not in ("steps", "tokens", "tokens_per_param", "flops")}
-    return {**data, "train": train}
+    train = data.get("train")
+    if not isinstance(train, Mapping):
+        return data
+    return {**data, "train": {k: v for k, v in train.items() if k in given or k not in HORIZONS}}
 
 
 def _resolve_base(data: dict[str, Any], where: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -81,8 +88,9 @@ def _resolve_base(data: dict[str, Any], where: str, seen: tuple[str, ...] = ()) 
         below["model"] = {"base": below["model"]}
     if isinstance(data.get("model"), Mapping) and "base" in data["model"]:
         below.pop("model", None)
-    if any(horizon in data.get("train", {}) for horizon in ("steps", "tokens", "tokens_per_param", "flops")):
-        below = _replace_horizon(below, "", [])
+    train = data.get("train")
+    if isinstance(train, Mapping) and any(horizon in train for horizon in HORIZONS):
+        below = _replace_horizon(below, [])
     return merge(below, data)
 
 
@@ -100,26 +108,24 @@ def model_data(model: Any) -> dict[str, Any]:
 
 
 def named_model(name: str) -> dict[str, Any]:
-    """The data of one shipped model: `ladder/d64`, `llama3/8b`.
+    """The data of one shipped model: `ladder/d64`, `llama3/8b`, or its hub id `meta-llama/Meta-Llama-3-8B`.
 
     Raises:
-        UserError: unknown family or size.
+        UserError: unknown family, size or hub id.
     """
     data = ladder_model(name)
     if data is not None:
         return data
-    family, _, size = name.partition("/")
-    if family in shipped("models"):
-        card = read_yaml(shipped("models")[family])
-        if size in card["sizes"]:
-            return merge(card.get("model", {}), card["sizes"][size].get("model", {}))
-    raise UserError(unknown("model", name, model_names()))
+    found = find_size(name)
+    if found is None:
+        raise UserError(unknown("model", name, model_names()))
+    card, size = read_card(found[0]), found[1]
+    return merge(card.get("model", {}), card["sizes"][size].get("model", {}))
 
 
 def model_names() -> list[str]:
     """Every shipped model, `family/size`, ladders last."""
-    families = [f"{family}/{size}" for family, path in shipped("models").items() for size in read_yaml(path)["sizes"]]
-    return families + ladder_names()
+    return card_names() + ladder_names()
 
 
 def load_model(name: str) -> ModelConfig:
@@ -157,18 +163,3 @@ def _json(data: Any) -> str:
         return json.dumps(data, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise UserError(f"config: a value is not plain data ({error}); use numbers, text, lists and mappings") from None
-
-
-def _explain(cls: type[Frozen], error: Any) -> str:
-    path = ".".join(str(part) for part in error["loc"])
-    value, kind = error.get("input"), error["type"]
-    if kind == "extra_forbidden":
-        return f"unknown field {path} = {value!r}; remove it or check its spelling"
-    if kind == "missing":
-        return f"{path} is missing; give it a value"
-    if kind == "value_error":
-        return f"{path + ': ' if path else ''}{error['ctx']['error']}"
-    if kind == "union_tag_invalid":
-        return f"{path}.kind = {error['ctx']['tag']!r} is not one of {error['ctx']['expected_tags']}"
-    shown = "" if isinstance(value, dict) else f" = {value!r}"
-    return f"{path}{shown}: {error['msg'].lower()}"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from llamax.errors import UserError
+
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,17 +47,20 @@ def parse_scalar(raw: str, where: str) -> Any:
     try:
         value = yaml.safe_load(raw)
     except yaml.YAMLError as error:
-        raise UserError(f"{where}: the value is not YAML ({str(error).splitlines()[0]}); quote it or fix the brackets") from None
+        raise UserError(
+            f"{where}: the value is not YAML ({str(error).splitlines()[0]}); quote it or fix the brackets"
+        ) from None
     return numbers(value)
 
 
 def numbers(value: Any) -> Any:
-    """Text that is plainly a number in exponent form (`3e-4`, `1e9`) as a float, everywhere inside `value`."""
-    if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
+    """Text that is plainly a number in exponent form (`3e-4`, `1e9`) as a number, everywhere inside `value`.
+
+    A whole one becomes an integer, which float fields also take, so that `train.steps=1e3` works.
+    """
+    if isinstance(value, str) and _EXPONENT.fullmatch(value):
+        number = float(value)
+        return int(number) if number.is_integer() and abs(number) < 2**53 else number
     if isinstance(value, dict):
         return {key: numbers(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -62,15 +68,18 @@ def numbers(value: Any) -> Any:
     return value
 
 
-def apply_override(data: dict[str, Any], keys: Sequence[str], value: Any) -> dict[str, Any]:
-    """A copy of `data` with `value` at the dotted path; list entries are addressed by index.
+def apply_override(
+    data: Mapping[str, Any], keys: Sequence[str], value: Any, where: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """A copy of `data` with `value` at the dotted path; list entries are addressed by index. `where` is the path of
+    `data`.
 
     Raises:
         UserError: the path goes through something that is not a mapping or list, or an index is out of range.
     """
     head, rest = keys[0], keys[1:]
     if rest:
-        return {**data, head: _descend(data.get(head), rest, value, head)}
+        return {**data, head: _descend(data.get(head), rest, value, (*where, head))}
     if head == "kind":
         return merge(data, {"kind": value})
     old = data.get(head)
@@ -78,16 +87,19 @@ def apply_override(data: dict[str, Any], keys: Sequence[str], value: Any) -> dic
     return {**data, head: merge(old, value) if both else value}  # type: ignore[arg-type]
 
 
-def _descend(node: Any, keys: Sequence[str], value: Any, where: str) -> Any:
+def _descend(node: Any, keys: Sequence[str], value: Any, where: tuple[str, ...]) -> Any:
+    path = ".".join(where)
     if isinstance(node, Sequence) and not isinstance(node, str):
         items = list(node)
         if not keys[0].isdigit() or int(keys[0]) >= len(items):
-            raise UserError(f"{where}.{keys[0]}: not an index of a list of {len(items)}; use 0 to {len(items) - 1}")
+            raise UserError(
+                f"{path}.{keys[0]}: {path} is a list of {len(items)}; give an index from 0 to {len(items) - 1}"
+            )
         i = int(keys[0])
-        items[i] = _descend(items[i], keys[1:], value, f"{where}.{i}") if len(keys) > 1 else value
+        items[i] = _descend(items[i], keys[1:], value, (*where, keys[0])) if len(keys) > 1 else value
         return items
-    if isinstance(node, str) and where == "model":
+    if isinstance(node, str) and where == ("model",):
         node = {"base": node}
     if node is not None and not isinstance(node, Mapping):
-        raise UserError(f"{where}.{keys[0]}: {where} is {node!r}, which has no fields; drop .{'.'.join(keys)}")
-    return apply_override(dict(node or {}), keys, value)
+        raise UserError(f"{path}.{'.'.join(keys)}: {path} is {node!r}, which has no fields; drop .{'.'.join(keys)}")
+    return apply_override(node or {}, keys, value, where)

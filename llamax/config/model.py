@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
 
 from llamax.config.base import Frozen
 from llamax.config.components import Attention, Init, Mlp, Norm, Position, RMSNorm
 from llamax.config.merge import merge
+from llamax.config.messages import explain
 
 
 class Block(Frozen):
@@ -92,7 +93,10 @@ class ModelConfig(Frozen):
         if attention.get("head_dim") is None:
             d_model, heads = data.get("d_model"), attention["heads"]
             if isinstance(d_model, int) and d_model % heads:
-                raise ValueError(f"d_model={d_model} is not a multiple of attention.heads={heads}; change one or give attention.head_dim")
+                raise ValueError(
+                    f"d_model={d_model} is not a multiple of attention.heads={heads}; "
+                    "change one or give attention.head_dim"
+                )
             if isinstance(d_model, int):
                 derived["head_dim"] = d_model // heads
         given = {k: v for k, v in attention.items() if v is not None or k not in derived}
@@ -102,17 +106,20 @@ class ModelConfig(Frozen):
     def _consistent(self) -> ModelConfig:
         for block in (b for _, unit in self.blocks for b in unit):
             if block.residual == "parallel" and block.placement != "pre":
-                raise ValueError(f"residual=parallel needs placement=pre, not {block.placement}")
+                raise ValueError(f"residual=parallel needs placement=pre, not placement={block.placement}; set one back")
             if block.position.kind in ("learned", "sinusoidal") and block.position != self.position:
                 raise ValueError(
                     f"position.kind={block.position.kind} is added to the embedding, so it is the whole model's: "
                     "set it on model.position, not inside a segment"
                 )
-            if block.position.kind == "rope" and int(block.attention.head_dim * block.position.fraction) % 2:
-                raise ValueError(
-                    f"rotary width {int(block.attention.head_dim * block.position.fraction)} (head_dim x fraction) is odd; "
-                    "choose an even one"
-                )
+            if block.position.kind == "rope":
+                head_dim, fraction = block.attention.head_dim, block.position.fraction
+                width = int(head_dim * fraction)
+                if width < 2 or width % 2:
+                    raise ValueError(
+                        f"rope rotates attention.head_dim={head_dim} x position.fraction={fraction:g} = {width} "
+                        "dimensions; choose an even number, at least 2"
+                    )
         return self
 
     @functools.cached_property
@@ -121,10 +128,19 @@ class ModelConfig(Frozen):
         own = {name: getattr(self, name).as_dict() for name in ("attention", "position", "mlp", "norm")}
         own |= {"placement": self.placement, "residual": self.residual}
         return tuple(
-            (segment.repeat, tuple(Block.model_validate(merge(own, part)) for part in segment.unit)) for segment in self.segments
+            (segment.repeat, tuple(_block(own, part, f"segments.{s}.unit.{u}") for u, part in enumerate(segment.unit)))
+            for s, segment in enumerate(self.segments)
         )
 
     @property
     def layers(self) -> tuple[Block, ...]:
         """Every block from input to output, in order."""
         return tuple(block for repeat, unit in self.blocks for _ in range(repeat) for block in unit)
+
+
+def _block(own: dict[str, Any], part: dict[str, Any], where: str) -> Block:
+    data = merge(own, part)
+    try:
+        return Block.model_validate(data)
+    except ValidationError as error:
+        raise ValueError("; ".join(f"{where}: {line}" for line in explain(Block, data, error))) from None

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from llamax.config.base import Frozen
 from llamax.config.components import Fraction
@@ -19,7 +27,8 @@ class Bytes(Frozen):
 
 
 class SentencePiece(Frozen):
-    """A SentencePiece model: loaded from `path`, or trained on the corpus with `vocab_size` pieces when path is null."""
+    """A SentencePiece model: loaded from `path`, or trained on the corpus with `vocab_size` pieces when path is
+    null."""
 
     kind: Literal["sentencepiece"] = "sentencepiece"
     vocab_size: PositiveInt = 4096
@@ -101,9 +110,11 @@ class Corpus(Frozen):
 
 
 class DataConfig(Frozen):
-    """Where windows come from: a ready token `store`, or one built from `corpus` (a name in configs/corpora) and `tokenizer`.
+    """Where windows come from: a ready token `store`, or one built from `corpus` (a name in configs/corpora) and
+    `tokenizer`.
 
-    `mask_documents` stops attention at document boundaries. `eval_tokens` bounds an evaluation (null: all held-out text).
+    `mask_documents` stops attention at document boundaries. `eval_tokens` bounds an evaluation (null: all held-out
+    text).
     """
 
     store: str | None = None
@@ -149,7 +160,8 @@ class AdamW(_Optimizer):
 
 
 class Muon(_Optimizer):
-    """Orthogonalized momentum for matrices, AdamW (at `adam_lr` x lr) for embeddings, heads, norms and biases (Jordan 2024)."""
+    """Orthogonalized momentum for matrices, AdamW (at `adam_lr` x lr) for embeddings, heads, norms and biases (Jordan
+    2024)."""
 
     kind: Literal["muon"] = "muon"
     momentum: Fraction = 0.95
@@ -196,10 +208,19 @@ class Schedule(Frozen):
     final: Fraction = 0.1
     decay: Fraction = 0.2
 
+    @model_validator(mode="after")
+    def _phases(self) -> Schedule:
+        if self.kind == "wsd" and self.warmup + self.decay > 1.0:
+            raise ValueError(
+                f"warmup={self.warmup:g} and decay={self.decay:g} of a wsd schedule add up to more than 1; lower one"
+            )
+        return self
+
 
 # ---------------------------------------------------------------- mesh, train, checkpoint, log
 class MeshConfig(Frozen):
-    """Devices along each mesh axis; -1 on one axis takes all that the others leave. `rules` names a preset in configs/meshes."""
+    """Devices along each mesh axis; -1 on one axis takes all that the others leave. `rules` names a preset in
+    configs/meshes."""
 
     data: int = -1
     fsdp: int = 1
@@ -254,10 +275,13 @@ class TrainConfig(Frozen):
         if len(given) != 1:
             what = " and ".join(given) if given else "none is given"
             choices = ", ".join(f"train.{name}" for name in HORIZONS)
-            raise ValueError(f"the horizon is exactly one of {choices}; got {what}; keep one and set the others to null")
+            raise ValueError(
+                f"the horizon is exactly one of {choices}; got {what}; keep one and set the others to null"
+            )
         if self.batch_size % self.grad_accumulation:
             raise ValueError(
-                f"batch_size={self.batch_size} is not a multiple of grad_accumulation={self.grad_accumulation}; change one"
+                f"batch_size={self.batch_size} is not a multiple of "
+                f"grad_accumulation={self.grad_accumulation}; change one"
             )
         return self
 
@@ -280,7 +304,8 @@ class LogConfig(Frozen):
 
 
 class RunConfig(Frozen):
-    """One training run. Its identity is the sections that set its numbers; mesh, checkpoint and log may change on resume."""
+    """One training run. Its identity is the sections that set its numbers; mesh, checkpoint and log may change on
+    resume."""
 
     model: ModelConfig
     data: DataConfig = DataConfig()
