@@ -91,7 +91,7 @@ def shardings(tree: Any, model: Any, rules: Rules, mesh: Mesh) -> Any:
     """A sharding for every leaf of `tree` (abstract or concrete): parameters and whatever has a parameter's shape by
     its logical axes (gradients, moments), everything else replicated."""
     known = {
-        (leaf.get_metadata()["axes"], tuple(leaf.shape))
+        (leaf.get_metadata()["axes"], tuple(leaf.get_value().shape))
         for leaf in jax.tree.leaves(model, is_leaf=_is_variable)
         if _is_variable(leaf)
     }
@@ -100,8 +100,9 @@ def shardings(tree: Any, model: Any, rules: Rules, mesh: Mesh) -> Any:
         spec = PartitionSpec()
         if _is_variable(leaf):
             axes = leaf.get_metadata().get("axes")
-            if hasattr(leaf[...], "shape") and (axes, tuple(leaf.shape)) in known:
-                spec = spec_of(axes, tuple(leaf.shape), rules, mesh, jax.tree_util.keystr(path, simple=True, separator="."))
+            shape = tuple(getattr(leaf.get_value(), "shape", ()))
+            if (axes, shape) in known:
+                spec = spec_of(axes, shape, rules, mesh, jax.tree_util.keystr(path, simple=True, separator="."))
             return jax.tree.map(lambda _: NamedSharding(mesh, spec), leaf)
         return NamedSharding(mesh, spec)
 
