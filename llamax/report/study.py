@@ -1,0 +1,140 @@
+"""A study as the report sees it: everything that can be read from its folder, and what could not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llamax.report.ledger import curves, ledger
+from llamax.report.read import find_runs, number, read_object
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+HELD_OUT = ("held_out", "held-out", "prediction", "target")
+
+
+@dataclass(frozen=True)
+class Study:
+    """The files of one study. Mappings are empty where a file is missing; `problems` says what was not readable."""
+
+    path: Path
+    runs: pd.DataFrame
+    curves: pd.DataFrame
+    plan: Mapping[str, Any]
+    spec: Mapping[str, Any]
+    fits: Mapping[str, Any]
+    prediction: Mapping[str, Any]
+    timings: Mapping[str, Any]
+    env: tuple[Mapping[str, Any], ...]
+    problems: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The study's own name, or its folder's."""
+        return str(self.spec.get("name") or self.path.resolve().name)
+
+    @cached_property
+    def held_out(self) -> pd.Series | None:
+        """The row of the run the prediction is about, if it has been started."""
+        runs, claim = self.runs, self.prediction
+        if claim.get("run") is not None:
+            hit = runs["run"].eq(str(claim["run"])) | runs["name"].eq(str(claim["run"]))
+        elif "role" in runs and runs["role"].isin(HELD_OUT).any():
+            hit = runs["role"].isin(HELD_OUT)
+        else:  # the run with the very N and D that were claimed
+            near = [(runs[c] / number(claim.get(k)) - 1).abs() < 2e-3 for c, k in (("n", "n"), ("tokens", "d"))]
+            hit = near[0] & near[1]
+        return runs[hit].iloc[-1] if hit.any() else None
+
+    @cached_property
+    def cells(self) -> pd.DataFrame:
+        """The finished runs that were there to be fitted: done, with a held-out loss, without the predicted run."""
+        runs = self.runs
+        keep = runs["status"].eq("done") & runs["eval_loss"].gt(0) & runs["n"].gt(0) & runs["tokens"].gt(0)
+        if self.held_out is not None:
+            keep &= runs["run"] != self.held_out["run"]
+        return runs[keep]
+
+    @cached_property
+    def budgets(self) -> list[float]:
+        """The compute budgets of the finished cells, least first; empty when the cells carry no numeric `budget` tag."""
+        labels = self.cells["budget"].map(number).dropna()
+        return sorted(float(label) for label in labels.unique())
+
+    @cached_property
+    def valleys(self) -> list[Mapping[str, Any]]:
+        """Approach 2's entries that have a number for a budget, least first."""
+        entries = _part(self.fits, "approach2").get("budgets") or []
+        good = [e for e in entries if isinstance(e, Mapping) and number(e.get("budget")) > 0]
+        return sorted(good, key=lambda e: number(e["budget"]))
+
+    @property
+    def approach2(self) -> Mapping[str, Any]:
+        return _part(self.fits, "approach2")
+
+    @property
+    def approach3(self) -> Mapping[str, Any]:
+        return _part(self.fits, "approach3")
+
+    @cached_property
+    def law(self) -> dict[str, float] | None:
+        """The parameters E, A, B, alpha, beta of approach 3, when all five are numbers."""
+        params = _part(self.approach3, "params")
+        values = {name: number(params.get(name)) for name in ("E", "A", "B", "alpha", "beta")}
+        return values if all(v == v for v in values.values()) else None
+
+    def law_loss(self, n: Any, d: Any) -> Any:
+        """E + A / N^alpha + B / D^beta (arXiv:2203.15556, section 3.3), nats per token; needs `law`."""
+        law = self.law or {}
+        return law["E"] + law["A"] * n ** -law["alpha"] + law["B"] * d ** -law["beta"]
+
+    def law_optimum(self, flops: Any) -> tuple[Any, Any]:
+        """N and D at which the law is least on C = k·N^s·D: the closed form of its equation 4; needs `law`."""
+        law, cost = self.law or {}, _part(self.fits, "cost")
+        k, s = number(cost.get("coefficient", 6.0)), number(cost.get("n_exponent", 1.0))
+        ratio = law["alpha"] * law["A"] / (s * law["beta"] * law["B"])
+        n = (ratio * (flops / k) ** law["beta"]) ** (1 / (law["alpha"] + s * law["beta"]))
+        return n, flops / (k * n**s)
+
+
+def load_study(
+    path: str | Path,
+    fits: Mapping[str, Any] | None = None,
+    prediction: Mapping[str, Any] | None = None,
+    timings: Mapping[str, Any] | None = None,
+) -> Study:
+    """Read a study directory, a folder of runs or a single run; what is not given comes from its JSON files.
+
+    Raises:
+        UserError: `path` is not a folder.
+    """
+    runs, rows = ledger(path), curves(path)
+    root = Path(path)
+    names = {"fits": fits, "prediction": prediction, "timings": timings, "plan": None}
+    parts, problems = {}, []
+    for name, given in names.items():
+        parts[name], word = (given, None) if given is not None else read_object(root / f"{name}.json")
+        problems += [word] if word else []
+    spec, word = read_object(root / "study.yaml")
+    problems += [word] if word else []
+    return Study(path=root, runs=runs, curves=rows, spec=spec, env=_environments(root), problems=tuple(problems), **parts)
+
+
+def _environments(root: Path) -> tuple[Mapping[str, Any], ...]:
+    """The env.json of every run, each distinct one once (sessions, which differ from run to run, left aside)."""
+    seen: dict[str, Mapping[str, Any]] = {}
+    for run in find_runs(root):
+        env = {key: value for key, value in read_object(run / "env.json")[0].items() if key != "sessions"}
+        if env:
+            seen.setdefault(json.dumps(env, sort_keys=True, default=str), env)
+    return tuple(seen.values())
+
+
+def _part(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = data.get(name)
+    return value if isinstance(value, Mapping) else {}
