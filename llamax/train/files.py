@@ -1,0 +1,73 @@
+"""Writing files that are whole or absent, and failures of the disk in words."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from llamax.errors import UserError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Put `text` at `path` whole: a crash at any moment leaves the old file or the new one, also after a power cut.
+
+    Raises:
+        OSError: the disk's; the old file is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable, on file systems that can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def disk_cause(error: BaseException | None) -> str | None:
+    """What the disk said, if `error` or one of its causes comes from the disk: `no space left on device`.
+
+    Orbax reports the disk's errors as a ValueError that carries the number in its text.
+    """
+    while error is not None:
+        code = error.errno if isinstance(error, OSError) else None
+        if code is None and (found := re.search(r"os_error_code='(\d+)'", str(error))):
+            code = int(found[1])
+        if code is not None:
+            return os.strerror(code).lower() + (", free some space" if code in _FULL else "")
+        if isinstance(error, OSError):
+            return str(error)
+        error = error.__cause__
+    return None
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the disk's errors while writing `path` into one message."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written: {disk_cause(error)}; what was saved before is intact; "
+            "put it right and give the same command again"
+        ) from error
