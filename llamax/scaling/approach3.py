@@ -97,9 +97,11 @@ def fit_approach3(
     """Fit the Chinchilla law to runs: `n` parameters, `d` tokens, `loss` nats per token, all `[runs]` and positive.
 
     Deterministic: the starts are a fixed grid. Raises UserError for fewer than six runs, values that are not positive
-    and finite, losses that are all equal, or `n` or `d` that never vary.
+    and finite, losses that are all equal, `n` or `d` that never vary, or a `delta` that is not positive.
     """
     check_runs(n, d, loss)
+    if not (np.isfinite(delta) and delta > 0):
+        raise UserError(f"delta: {delta}; give a positive number, such as 0.001")
     problem = _Problem.of(n, d, loss, delta)
     starts = problem.starts()
     thetas, objectives = problem.minimise(starts, np.ones((1, len(loss))), iterations=2000, tolerance=1e-13)
@@ -148,7 +150,7 @@ def refit(
     )
     best = np.argmin(objectives.reshape(draws, k), axis=1)
     rows = np.arange(draws)
-    return problem.law(thetas.reshape(draws, k, -1)[rows, best]), objectives.reshape(draws, k)[rows, best]
+    return problem.law(thetas.reshape(draws, k, N_PARAMETERS)[rows, best]), objectives.reshape(draws, k)[rows, best]
 
 
 def check_runs(n: np.ndarray, d: np.ndarray, loss: np.ndarray) -> None:

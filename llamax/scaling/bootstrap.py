@@ -164,12 +164,8 @@ def bootstrap_approach3(
     counts = resample_counts(frame, draws, rng)
     enough = (counts > 0).sum(1) > N_PARAMETERS
     n, d, loss = (frame[c].to_numpy(float) for c in ("n", "d", "loss"))
-    parts = [
-        refit(fit, n, d, loss, block, extra_starts=extra_starts)[0]
-        for block in np.array_split(
-            counts[enough], max(1, int(enough.sum()) * len(loss) // 40_000)
-        )  # bounds peak memory
-    ]
+    blocks = np.array_split(counts[enough], max(1, int(enough.sum()) * len(loss) // 40_000))  # bounds peak memory
+    parts = [refit(fit, n, d, loss, block, extra_starts=extra_starts)[0] for block in blocks]
     law = ChinchillaLaw(*(np.concatenate([np.atleast_1d(getattr(p, k)) for p in parts]) for k in vars(fit.law)))
     exponents = np.stack([law.alpha, law.beta])
     at_bound = ((exponents < EXPONENT_RANGE[0] + 1e-6) | (exponents > EXPONENT_RANGE[1] - 1e-6)).any(0)

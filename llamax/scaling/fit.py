@@ -84,6 +84,8 @@ def fit_frame(
         raise UserError(f"approaches: {list(approaches)}; choose from 2 and 3")
     if not 0 < level < 1:
         raise UserError(f"level: {level}; give a probability between 0 and 1, such as 0.95")
+    if bootstrap < 0:
+        raise UserError(f"bootstrap: {bootstrap}; give the number of resamples, 0 for no intervals")
     runs, words = clean(frame, n=n, d=d, loss=loss, flops=flops, budget=budget, run=run)
     two = three = two_draws = three_draws = held_out = None
     if 2 in approaches and budget is None:

@@ -146,8 +146,8 @@ def predict(fit: ScalingFit, *, flops: Scalar, n: Scalar, d: Scalar) -> Predicti
     if fit.approach3_draws:
         rng = np.random.default_rng([fit.seed, 4])
         law_only, one_run = loss_intervals(three, fit.approach3_draws, n, d, rng, level=fit.level, inflate=inflate)
-    else:
-        words.append("no bootstrap was run: the prediction has no interval")
+    if one_run is None:
+        words.append("too few bootstrap draws: the prediction has no interval")
     frontier = fit.approach2.frontier.loss(flops) if fit.approach2 and fit.approach2.frontier else None
     at_best = float(three.law.loss(advice.n, advice.d))
     if frontier is not None and abs(frontier / at_best - 1) > 0.02:

@@ -88,9 +88,11 @@ def _drop(table: pd.DataFrame, numbers: list[str]) -> tuple[pd.DataFrame, list[s
     table = table[keep]
     if table.empty:
         raise UserError(f"data: no usable rows of {len(keep)}; every one has a missing or non-finite value")
-    repeated = table.duplicated()
+    repeated = table.duplicated(numbers)  # equal to the last bit is the same run, whatever its name
     if repeated.any():
-        words.append(f"duplicated runs dropped: {int(repeated.sum())} rows repeat another exactly and are kept once")
+        words.append(
+            f"duplicated runs dropped: {int(repeated.sum())} rows repeat the numbers of another and are kept once"
+        )
     return table[~repeated].reset_index(drop=True), words
 
 

@@ -65,9 +65,11 @@ def test_degenerate_resamples_are_counted():
     assert any("left fewer than two valid budgets" in w for w in draws.warnings())
     assert any("had no valid vertex" in w for w in draws.warnings())
     six = isoflop(budgets=(3e11, 3e12), sizes=3, noise=0.002)
-    draws = bootstrap_approach3(fit3(six.assign(loss=six["loss"])), six, 100, np.random.default_rng(0))
+    draws = bootstrap_approach3(fit3(six), six, 100, np.random.default_rng(0))
     assert draws.failed > 90
     assert draws.draws == 100 - draws.failed
+    none = bootstrap_approach3(fit3(six), six, 1, np.random.default_rng(0))
+    assert (none.draws, none.failed, none.intervals()["E"]) == (0, 1, None)
 
 
 def test_prediction_interval_adds_the_scatter_of_one_run():
@@ -91,9 +93,8 @@ def test_too_few_draws_give_no_interval():
 def published_resamples(count: int) -> np.ndarray:
     """The run weights of the published bootstrap: numpy's legacy generator with its seed, in its order."""
     legacy = np.random.RandomState(42)
-    return np.stack([np.bincount(legacy.choice(240, 240, replace=True), minlength=240) for _ in range(count)]).astype(
-        float
-    )
+    picks = [legacy.choice(240, 240, replace=True) for _ in range(count)]
+    return np.stack([np.bincount(pick, minlength=240) for pick in picks]).astype(float)
 
 
 def test_first_resamples_of_the_published_bootstrap():

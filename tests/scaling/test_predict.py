@@ -149,6 +149,10 @@ def test_bad_arguments(noisy):
             fit_frame(isoflop(), approaches)
     with pytest.raises(UserError, match="level"):
         fit_frame(isoflop(), level=95)
+    with pytest.raises(UserError, match="bootstrap: -1"):
+        fit_frame(isoflop(), bootstrap=-1)
+    with pytest.raises(UserError, match=r"delta: 0\.0"):
+        fit_frame(isoflop(), delta=0.0)
     with pytest.raises(UserError, match="budget"):
         fit_frame(isoflop(), (2,), budget=None)
     with pytest.raises(UserError, match="flops"):

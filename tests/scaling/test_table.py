@@ -66,8 +66,8 @@ def test_derives_flops_or_tokens_in_words():
 def test_drops_and_counts_what_is_missing_or_repeated():
     frame = isoflop()
     frame.loc[2, "loss"], frame.loc[5, "loss"], frame.loc[7, "budget"] = np.nan, np.inf, np.nan
-    frame = pd.concat([frame, frame.iloc[[0, 1]]])
-    table, words = clean(frame, budget="budget")
+    frame = pd.concat([frame, frame.iloc[[0, 1]]]).assign(name=[f"run{i}" for i in range(26)])
+    table, words = clean(frame, budget="budget", run="name")
     assert len(table) == 21
     assert any("NaN rows dropped: 3 of 26" in w for w in words)
     assert any("duplicated runs dropped: 2" in w for w in words)
