@@ -5,8 +5,6 @@ backward pass keeps, by the rules in `MEMORY_RULES`; compilers fuse some of it a
 
 from __future__ import annotations
 
-import math
-
 from llamax.accounting.params import Leaf, leaves
 from llamax.config.components import DenseMlp, MoeMlp
 from llamax.config.model import Block, ModelConfig
@@ -18,11 +16,11 @@ _BYTES = {"float32": 4, "bfloat16": 2}
 MEMORY_RULES: dict[str, str] = {
     "parameters": "4 bytes a parameter: float32 master weights",
     "gradients": "4 bytes a parameter, twice that with gradient accumulation (the sum and the newest part)",
-    "optimizer": "4 bytes a moment: AdamW 2 a parameter; Muon 1 for matrices, 2 for the rest; Lion and SGD 1; "
-    "Adafactor one row and one column for arrays whose two largest sides reach 128, 1 a parameter otherwise",
-    "activations": "what the backward pass keeps of one microbatch, plus the float32 attention scores and their gradient "
-    "in one layer. none: every intermediate of every layer, attention weights included; dots: each unit's input and the "
-    "results of its weight matmuls, and one unit's intermediates; full: each unit's input, and one unit's intermediates",
+    "optimizer": "4 bytes each: AdamW 2 a parameter; Muon 1 for matrices, 2 for the rest; Lion, SGD 1; "
+    "Adafactor a row and a column for matrices of 128 or more on both sides, else 1 a parameter",
+    "activations": "what the backward pass keeps of one microbatch, plus one layer's float32 attention scores and their "
+    "gradient. none: every intermediate of every layer, attention weights included; dots: each unit's input and its "
+    "weight matmuls' results, and one unit's intermediates; full: each unit's input, and one unit's intermediates",
     "logits": "two float32 arrays (logits, their gradient) of vocab_size for loss_chunk tokens (null: the microbatch)",
     "total": "the sum, over the whole mesh: divide by the devices for what is sharded over all of them",
 }
@@ -55,13 +53,11 @@ def kv_cache_bytes_per_token(model: ModelConfig, bytes_per_value: int = 2) -> in
 
 def _moments(leaf: Leaf, optimizer: str) -> int:
     """Scalars of optimizer state for one leaf."""
-    if optimizer == "adamw" or (optimizer == "muon" and leaf.group not in ("matrix", "router")):
+    if optimizer == "adamw" or (optimizer == "muon" and leaf.group != "matrix"):
         return 2 * leaf.size
-    if optimizer == "adafactor" and len(leaf.shape) > 1:
-        short, long = sorted(leaf.shape)[-2:]
-        if short >= 128:  # optax.scale_by_factored_rms, min_dim_size_to_factor
-            size = math.prod(leaf.shape)
-            return leaf.copies * (size // short + size // long)
+    if optimizer == "adafactor" and leaf.inputs and min(leaf.sides) >= 128:  # optax factors from that size on
+        rows, columns = leaf.sides
+        return leaf.size // (rows * columns) * (rows + columns)
     return leaf.size
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from llamax.config.components import Attention, DenseMlp, LayerNorm, Mlp, MoeMlp, NoNorm, Norm
+from llamax.config.components import Attention, DenseMlp, LayerNorm, MoeMlp, NoNorm, Norm
 from llamax.config.model import Block, ModelConfig
 
 Component = Literal["embedding", "position", "attention", "mlp", "router", "experts", "shared", "norm", "head"]
@@ -30,28 +30,37 @@ COMPONENTS: tuple[Component, ...] = (
 
 @dataclass(frozen=True)
 class Leaf:
-    """`copies` equal arrays (one a layer) of `shape`; a token uses `active` of the `size` elements of each.
+    """One parameter array of the model: `shape`, stacked over `layers` blocks of one kind (0: not stacked).
 
-    `group` is the optimizer's: embedding, head, matrix, router, norm or bias.
+    `name` is its path in llamax/model; `group` the optimizer's (embedding, head, matrix, router, norm, bias);
+    `inputs` counts the axes a matrix product contracts, after a leading experts axis; a token uses `chosen` of the
+    `experts`.
     """
 
     name: str
     component: Component
     group: str
     shape: tuple[int, ...]
-    copies: int = 1
-    active_fraction: tuple[int, int] = (1, 1)
+    inputs: int = 0
+    layers: int = 0
+    experts: int = 0
+    chosen: int = 0
 
     @property
     def size(self) -> int:
-        """Elements of all copies."""
-        return self.copies * math.prod(self.shape)
+        """Elements, all layers and experts."""
+        return max(self.layers, 1) * math.prod(self.shape)
 
     @property
     def active(self) -> int:
-        """Elements of all copies that one token uses: top_k of E experts, everything elsewhere."""
-        chosen, of = self.active_fraction
-        return self.size * chosen // of
+        """Elements one token passes through: top_k of E experts, everything elsewhere."""
+        return self.size * self.chosen // self.experts if self.experts else self.size
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """One matrix as (inputs, outputs); (1, elements) for what is not a matrix."""
+        one = self.shape[1:] if self.experts else self.shape
+        return math.prod(one[: self.inputs]), math.prod(one[self.inputs :])
 
 
 @dataclass(frozen=True)
@@ -115,7 +124,7 @@ def count_params(model: ModelConfig) -> Params:
 
 
 def leaves(model: ModelConfig) -> Iterator[Leaf]:
-    """Every parameter array of `model`, in the layouts of llamax/model; equal layers share a row."""
+    """Every parameter array of `model` as llamax/model lays it out."""
     d, vocab = model.d_model, model.vocab_size
     yield Leaf("embedding", "embedding", "embedding", (vocab, d))
     if model.position.kind == "learned":
@@ -123,17 +132,10 @@ def leaves(model: ModelConfig) -> Iterator[Leaf]:
     for s, (repeat, unit) in enumerate(model.blocks):
         for u, block in enumerate(unit):
             for leaf in _block(block, d):
-                yield Leaf(
-                    f"segments.{s}.{u}.{leaf.name}",
-                    leaf.component,
-                    leaf.group,
-                    leaf.shape,
-                    repeat,
-                    leaf.active_fraction,
-                )
-    yield from _norm("final_norm", "norm", model.norm, d)
+                yield replace(leaf, name=f"stacks.{s}.blocks.{u}.{leaf.name}", layers=repeat)
+    yield from _norm("norm", "norm", model.norm, d)
     if not model.head.tied:
-        yield Leaf("head", "head", "head", (d, vocab))
+        yield Leaf("head", "head", "head", (d, vocab), inputs=1)
     if model.head.bias:
         yield Leaf("head_bias", "head", "bias", (vocab,))
 
@@ -142,7 +144,10 @@ def _block(block: Block, d: int) -> Iterator[Leaf]:
     for name in _norm_names(block):
         yield from _norm(name, "norm", block.norm, d)
     yield from _attention(block.attention, d)
-    yield from _mlp(block.mlp, d)
+    if isinstance(block.mlp, DenseMlp):
+        yield from _dense("mlp", "mlp", block.mlp, d)
+    else:
+        yield from _moe(block.mlp, d)
 
 
 def _norm_names(block: Block) -> tuple[str, ...]:
@@ -150,7 +155,7 @@ def _norm_names(block: Block) -> tuple[str, ...]:
     if block.residual == "parallel":
         return ("attention_norm",)
     if block.placement == "sandwich":
-        return ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm")
+        return ("attention_norm", "attention_out_norm", "mlp_norm", "mlp_out_norm")
     return ("attention_norm", "mlp_norm")
 
 
@@ -159,15 +164,15 @@ def _norm(name: str, component: Component, norm: Norm, width: int) -> Iterator[L
         return
     yield Leaf(f"{name}.scale", component, "norm", (width,))
     if isinstance(norm, LayerNorm) and norm.bias:
-        yield Leaf(f"{name}.bias", component, "bias", (width,))
+        yield Leaf(f"{name}.bias", component, "norm", (width,))
 
 
 def _attention(a: Attention, d: int) -> Iterator[Leaf]:
     for name, heads in (("query", a.heads), ("key", a.kv_heads), ("value", a.kv_heads)):
-        yield Leaf(f"attention.{name}", "attention", "matrix", (d, heads, a.head_dim))
+        yield Leaf(f"attention.{name}", "attention", "matrix", (d, heads, a.head_dim), inputs=1)
         if a.qkv_bias:
             yield Leaf(f"attention.{name}_bias", "attention", "bias", (heads, a.head_dim))
-    yield Leaf("attention.out", "attention", "matrix", (a.heads, a.head_dim, d))
+    yield Leaf("attention.out", "attention", "matrix", (a.heads, a.head_dim, d), inputs=2)
     if a.out_bias:
         yield Leaf("attention.out_bias", "attention", "bias", (d,))
     if a.qk_norm is not None:
@@ -175,23 +180,17 @@ def _attention(a: Attention, d: int) -> Iterator[Leaf]:
             yield from _norm(f"attention.{name}", "attention", a.qk_norm, a.head_dim)
 
 
-def _mlp(mlp: Mlp, d: int) -> Iterator[Leaf]:
-    if isinstance(mlp, DenseMlp):
-        yield from _dense("mlp", "mlp", mlp, d)
-        return
-    yield Leaf("router", "router", "router", (d, mlp.experts))
-    yield from _dense("experts", "experts", mlp.expert, d, moe=mlp)
+def _moe(mlp: MoeMlp, d: int) -> Iterator[Leaf]:
+    yield Leaf("mlp.router", "router", "router", (d, mlp.experts), inputs=1)
+    for leaf in _dense("mlp", "experts", mlp.expert, d):
+        yield replace(leaf, shape=(mlp.experts, *leaf.shape), experts=mlp.experts, chosen=mlp.top_k)
     if mlp.shared is not None:
-        yield from _dense("shared", "shared", mlp.shared, d)
+        yield from _dense("mlp.shared", "shared", mlp.shared, d)
 
 
-def _dense(name: str, component: Component, mlp: DenseMlp, d: int, moe: MoeMlp | None = None) -> Iterator[Leaf]:
-    stack: tuple[int, ...] = () if moe is None else (moe.experts,)
-    more: dict[str, Any] = {} if moe is None else {"active_fraction": (moe.top_k, moe.experts)}
-    for part in ("up", "gate") if mlp.gated else ("up",):
-        yield Leaf(f"{name}.{part}", component, "matrix", (*stack, d, mlp.d_ff), **more)
+def _dense(name: str, component: Component, mlp: DenseMlp, d: int) -> Iterator[Leaf]:
+    parts = ("up", "gate") if mlp.gated else ("up",)
+    for part, shape in [*((part, (d, mlp.d_ff)) for part in parts), ("down", (mlp.d_ff, d))]:
+        yield Leaf(f"{name}.{part}", component, "matrix", shape, inputs=1)
         if mlp.bias:
-            yield Leaf(f"{name}.{part}_bias", component, "bias", (*stack, mlp.d_ff), **more)
-    yield Leaf(f"{name}.down", component, "matrix", (*stack, mlp.d_ff, d), **more)
-    if mlp.bias:
-        yield Leaf(f"{name}.down_bias", component, "bias", (*stack, d), **more)
+            yield Leaf(f"{name}.{part}_bias", component, "bias", shape[1:])

@@ -106,7 +106,7 @@ class ModelConfig(Frozen):
     def _consistent(self) -> ModelConfig:
         for block in (b for _, unit in self.blocks for b in unit):
             if block.residual == "parallel" and block.placement != "pre":
-                raise ValueError(f"residual=parallel needs placement=pre, not placement={block.placement}; set one back")
+                raise ValueError(f"residual=parallel needs placement=pre, not {block.placement}; set one back")
             if block.position.kind in ("learned", "sinusoidal") and block.position != self.position:
                 raise ValueError(
                     f"position.kind={block.position.kind} is added to the embedding, so it is the whole model's: "
