@@ -168,6 +168,11 @@ def by_budget(frame: pd.DataFrame) -> list[tuple[Any, pd.DataFrame]]:
     return sorted(frame.groupby("budget", sort=False), key=lambda item: float(np.log(item[1]["flops"]).mean()))
 
 
+def budget_name(label: Any) -> str:
+    """The label in words, `budget 1e+12`."""
+    return f"budget {label:.3g}" if isinstance(label, (int, float, np.number)) else f"budget {label}"
+
+
 def fit_valleys(
     x: Float[np.ndarray, "runs"], y: Float[np.ndarray, "runs"], weights: Float[np.ndarray, "draws runs"]
 ) -> Valleys:
@@ -209,7 +214,7 @@ def fit_power_law(
 
 def _fit_budget(label: Any, rows: pd.DataFrame) -> BudgetFit:
     loss = rows["loss"].to_numpy(float)
-    name = f"budget {label:.3g}" if isinstance(label, (int, float)) else f"budget {label}"
+    name = budget_name(label)
     ones, words = np.ones((1, len(rows))), []
     spent = rows["flops"].to_numpy(float)
     if spent.max() > 1.2 * spent.min():

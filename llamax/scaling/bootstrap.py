@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llamax.scaling.approach2 import PowerLaw, by_budget, fit_power_law, fit_valleys
+from llamax.scaling.approach2 import PowerLaw, budget_name, by_budget, fit_power_law, fit_valleys
 from llamax.scaling.approach3 import EXPONENT_RANGE, N_PARAMETERS, Approach3Fit, refit
-from llamax.scaling.laws import ChinchillaLaw, Scalar, plain
+from llamax.scaling.laws import ChinchillaLaw, Scalar
 
 Interval = tuple[float, float]
 
@@ -68,7 +68,7 @@ class Approach2Draws:
         for label, count in self.degenerate.items():
             if count > 0.2 * draws:
                 words.append(
-                    f"approach 2 bootstrap: budget {plain(label)} had no valid vertex in {count} of {draws} resamples"
+                    f"approach 2 bootstrap: {budget_name(label)} had no valid vertex in {count} of {draws} resamples"
                 )
         return words
 

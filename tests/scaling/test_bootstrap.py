@@ -63,7 +63,7 @@ def test_degenerate_resamples_are_counted():
     assert all(300 < count < 460 for count in draws.degenerate.values())
     assert draws.failed == np.isnan(draws.n.exponent).sum() > 0
     assert any("left fewer than two valid budgets" in w for w in draws.warnings())
-    assert any("had no valid vertex" in w for w in draws.warnings())
+    assert any("budget 3e+11 had no valid vertex" in w for w in draws.warnings())
     six = isoflop(budgets=(3e11, 3e12), sizes=3, noise=0.002)
     draws = bootstrap_approach3(fit3(six), six, 100, np.random.default_rng(0))
     assert draws.failed > 90
