@@ -297,10 +297,9 @@ class CheckpointConfig(Frozen):
 
 
 class LogConfig(Frozen):
-    """A row of metrics.jsonl every `every_steps`; `exporters` mirror the run directory to other trackers."""
+    """A row of metrics.jsonl every `every_steps` steps, and for the first and the last."""
 
     every_steps: PositiveInt = 10
-    exporters: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
 
 class RunConfig(Frozen):

@@ -24,20 +24,21 @@ from llamax.config.run import RunConfig
 from llamax.data.batches import TrainBatches, eval_batches
 from llamax.data.open import open_data
 from llamax.data.store import Store
-from llamax.errors import UserError
+from llamax.errors import Interrupted, UserError
 from llamax.mesh.rules import batch_sharding, batch_ways, load_rules, make_mesh
 from llamax.mesh.start import start
 from llamax.train.checkpoints import Checkpoints
 from llamax.train.evaluate import evaluate
 from llamax.train.progress import Progress
-from llamax.train.run_dir import RunDir, open_run
-from llamax.train.signals import Interrupted, Signals
-from llamax.train.state import TrainState, abstract_state, hyper_of, init_state
+from llamax.train.run_dir import Run, open_run
+from llamax.train.signals import StopRequest, stop_signals
+from llamax.train.state import TrainState, abstract_state, init_state
 from llamax.train.step import Dispatch, execution_of, make_dispatch
 
 SECONDS_PER_DISPATCH = 1.0  # a dispatch is cut to about this, so that a signal is answered and progress is seen
 
 Report = Callable[[Progress], None]
+Pending = tuple[int, dict[str, jax.Array], jax.Array]  # first step, metrics, steps run: still on the device
 
 
 def train(config: RunConfig, run_dir: Path, *, report: Report | None = None) -> dict[str, Any]:
@@ -78,7 +79,7 @@ class _Session:
     def __init__(
         self,
         config: RunConfig,
-        run: RunDir,
+        run: Run,
         store: Store,
         batches: TrainBatches,
         mesh: Mesh,
@@ -94,7 +95,8 @@ class _Session:
         self.clock = time.perf_counter()
         self.seconds_before = 0.0
         self.fetched_at = (0, self.clock)  # (step, clock) of the newest metrics on the host
-        self.losses: dict[str, float] = {"loss": math.nan, "tokens_per_second": math.nan}
+        self.loss: float | None = None
+        self.rate: float | None = None
         self.train_seconds = 0.0
         self.train_steps = 0
 
@@ -103,14 +105,14 @@ class _Session:
         """Restore, compile, train, evaluate, finish."""
         steps = self.horizon.steps
         with Checkpoints(self.run_dir.path / "checkpoints", self.config.checkpoint, on_warning=_warn) as checkpoints:
-            self._progress(0, "restoring")
+            self._progress(0, "restore")
             state, step = self._restore(checkpoints)
-            self._progress(step, "compiling")
+            self._progress(step, "compile")
             dispatch = self._compile(state) if step < steps else None
-            with Signals() as signals:
-                state, step, cause = self._train(dispatch, state, step, checkpoints, signals)
+            with stop_signals() as stop:
+                state, step, cause = self._train(dispatch, state, step, checkpoints, stop)
                 checkpoints.save(step, state, self._meta(), permanent=True)
-                loss, tokens = self._evaluate(state, step, signals)
+                loss, tokens = self._evaluate(state, step, stop)
                 checkpoints.wait()
             result = self._result(step, cause, int(state.skipped), loss, tokens)
             self.run_dir.finish(result)
@@ -129,45 +131,37 @@ class _Session:
 
     def _compile(self, state: TrainState) -> Dispatch:
         """The dispatch compiled ahead of time, so that its seconds never count as training."""
-        example = self._load(0, 0)
+        example = self._load(0)
         lowered = make_dispatch(self.config, self.rules, self.mesh, self.abstract).lower(state, example, jnp.int32(0))  # type: ignore[attr-defined]
         return lowered.compile()
 
     def _train(
-        self, dispatch: Dispatch | None, state: TrainState, step: int, checkpoints: Checkpoints, signals: Signals
+        self, dispatch: Dispatch | None, state: TrainState, step: int, checkpoints: Checkpoints, stop: StopRequest
     ) -> tuple[TrainState, int, str | None]:
-        """Dispatch until the horizon, one dispatch ahead of the metrics; (state, steps done, cause of divergence)."""
-        steps, config = self.horizon.steps, self.config
+        """Dispatch until the horizon, one dispatch ahead of the metrics; (state, steps tried, cause of divergence)."""
+        steps, cause = self.horizon.steps, None
         self.fetched_at = (step, time.perf_counter())
-        pending: tuple[int, Any, Any] | None = None
-        cause: str | None = None
-        last_save = time.perf_counter()
-        upcoming = self._load(step, self._count(step))
-        while dispatch is not None and step < steps:
+        pending: Pending | None = None
+        batches = self._load(step)
+        while dispatch is not None and step < steps and cause is None:
             count = self._count(step)
-            state, metrics, ran = dispatch(state, upcoming, jnp.int32(count))
+            state, metrics, ran = dispatch(state, batches, jnp.int32(count))
             previous, pending = pending, (step, metrics, ran)
             step += count
-            if step < steps:
-                upcoming = self._load(step, config.train.steps_per_dispatch)
+            batches = self._load(step) if step < steps else batches
             cause = self._fetch(previous)
-            due = self._is_due(config.train.eval_every_steps, step) and step < steps
-            permanent = self._is_due(config.checkpoint.every_steps, step) and step < steps
-            temporary = (
-                config.checkpoint.every_seconds is not None and time.perf_counter() - last_save > config.checkpoint.every_seconds
-            )
-            if cause is None and (due or permanent or temporary or signals.received):
-                cause, pending = self._fetch(pending), None
-            if cause is not None:
-                break
-            if permanent or temporary or signals.received:
-                checkpoints.save(step, state, self._meta(), permanent=permanent)
-                last_save = time.perf_counter()
-            if signals.received:
+            evaluate_now = step < steps and _is_due(self.config.train.eval_every_steps, step)
+            save = checkpoints.due(step) if step < steps else None
+            if cause is not None or not (evaluate_now or save or stop):
+                continue
+            cause, pending = self._fetch(pending), None
+            if cause is None and (save or stop):
+                checkpoints.save(step, state, self._meta(), permanent=save == "permanent")
+            if cause is None and stop.signal:
                 checkpoints.wait()
-                raise Interrupted(signals.received, step)
-            if due:
-                self._evaluate(state, step, signals)
+                raise Interrupted(stop.signal, step)
+            if cause is None and evaluate_now:
+                self._evaluate(state, step, stop)
         cause = cause or self._fetch(pending)
         return state, int(state.step), cause
 
@@ -183,14 +177,10 @@ class _Session:
             count = min(count, max(1, int(SECONDS_PER_DISPATCH * self.train_steps / max(self.train_seconds, 1e-9))))
         return count
 
-    @staticmethod
-    def _is_due(every: int | None, step: int) -> bool:
-        return every is not None and step % every == 0
-
-    def _load(self, step: int, count: int) -> dict[str, jax.Array]:
-        """Batches `step` .. `step + count - 1` on the mesh, padded with zeros to the compiled capacity."""
+    def _load(self, step: int) -> dict[str, jax.Array]:
+        """The batches of the dispatch that starts at `step` on the mesh, padded with zeros to the compiled capacity."""
         capacity = self.config.train.steps_per_dispatch
-        rows = [self.batches(k) for k in range(step, min(step + max(count, 1), self.horizon.steps))]
+        rows = [self.batches(k) for k in range(step, min(step + capacity, self.horizon.steps))]
         place = batch_sharding(self.rules, self.mesh, leading=1)
 
         def stack(name: str) -> jax.Array:
@@ -201,7 +191,7 @@ class _Session:
 
         return {name: stack(name) for name in rows[0]}
 
-    def _fetch(self, pending: tuple[int, Any, Any] | None) -> str | None:
+    def _fetch(self, pending: Pending | None) -> str | None:
         """Bring one dispatch's metrics to the host, log its rows, report; the cause if the run diverged."""
         if pending is None:
             return None
@@ -220,8 +210,8 @@ class _Session:
         bad = count and self._diverged(rows[-1])
         kept = [r for r in rows if r["step"] % every == 0 or r["step"] in (1, last) or (bad and r is rows[-1])]
         self.run_dir.log(kept)
-        self.losses = {"loss": rows[-1]["loss"], "tokens_per_second": rate}
-        self._progress(first + count, "training")
+        self.loss, self.rate = rows[-1]["loss"], rate
+        self._progress(first + count, "train")
         return bad if bad and self.config.train.on_divergence == "stop" else None
 
     def _diverged(self, row: dict[str, Any]) -> str | None:
@@ -243,11 +233,11 @@ class _Session:
         row |= {f"flops_{name}": per_token * tokens for name, per_token in self.flops_per_token.items()}
         device = self.mesh.devices.flat[0].device_kind
         found = mfu(self.flops_per_token["causal"] * rate, device, self.mesh.size, self.config.train.compute_dtype)
-        return row if found is None else {**row, **found.as_row()}
+        return row if found is None else {**row, "mfu": found.fraction, "mfu_convention": "causal", "mfu_peak": found.peak_flops_per_second}
 
-    def _evaluate(self, state: TrainState, step: int, signals: Signals) -> tuple[float, int]:
+    def _evaluate(self, state: TrainState, step: int, stop: StopRequest) -> tuple[float, int]:
         """Loss on the held-out split, logged to evals.jsonl."""
-        self._progress(step, "evaluating")
+        self._progress(step, "eval")
         train = self.config.train
         place = batch_sharding(self.rules, self.mesh)
 
@@ -259,8 +249,8 @@ class _Session:
                 max_tokens=self.config.data.eval_tokens,
                 mask_documents=self.config.data.mask_documents,
             ):
-                if signals.received:
-                    raise Interrupted(signals.received, step)
+                if stop.signal:
+                    raise Interrupted(stop.signal, step)
                 yield {name: jax.make_array_from_process_local_data(place, a) for name, a in batch.items()}
 
         execution = execution_of(self.config, self.rules, self.mesh)
@@ -283,7 +273,7 @@ class _Session:
             "steps": step,
             "skipped_steps": skipped,
             "tokens": seen,
-            "train_loss": self.losses["loss"],
+            "train_loss": self.loss,
             "eval_loss": loss,
             "eval_bits_per_byte": self._bits_per_byte(loss),
             "eval_tokens": tokens,
@@ -305,14 +295,14 @@ class _Session:
         return {"seconds": self._seconds(), "fingerprint": self.store.fingerprint}
 
     def _progress(self, step: int, phase: str) -> None:
-        rate = self.losses["tokens_per_second"]
-        left = (self.horizon.steps - step) * self.tokens_per_step / rate if rate > 0 else math.nan
+        rate = self.rate
+        left = (self.horizon.steps - step) * self.tokens_per_step / rate if rate else None
         self.report(
             Progress(
                 step=step,
                 steps=self.horizon.steps,
                 tokens=step * self.tokens_per_step,
-                loss=self.losses["loss"],
+                loss=self.loss,
                 tokens_per_second=rate,
                 seconds_left=left,
                 phase=phase,
@@ -336,6 +326,10 @@ def _check_batch(config: RunConfig, ways: int) -> None:
             f"train.batch_size={config.train.batch_size} / train.grad_accumulation={config.train.grad_accumulation} = {micro} "
             f"sequences are not divisible by the mesh's {ways} batch shards; choose a multiple of {ways * config.train.grad_accumulation}"
         )
+
+
+def _is_due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
 
 
 def _silent(progress: Progress) -> None:

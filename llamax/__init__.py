@@ -1,0 +1,34 @@
+"""llamax: plan, train, fit, predict, check. Scaling research on the open-weight Llama lineage, in JAX and Flax.
+
+    model, config = llamax.load("runs/tiny")      # logits = model(tokens), [batch, seq, vocab]
+    runs = llamax.ledger("runs")                  # a pandas DataFrame, one row a run
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from llamax.errors import UserError
+
+if TYPE_CHECKING:
+    from llamax.report.ledger import curves, ledger
+    from llamax.train.load import load
+
+try:
+    __version__ = version("llamax")
+except PackageNotFoundError:  # run from a checkout that was never installed
+    __version__ = "0+unknown"
+
+__all__ = ["UserError", "__version__", "curves", "ledger", "load"]
+
+# Resolved on first use: importing llamax must not import JAX or pandas.
+_LAZY = {"load": "llamax.train.load", "ledger": "llamax.report.ledger", "curves": "llamax.report.ledger"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'llamax' has no attribute {name!r}")

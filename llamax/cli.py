@@ -1,0 +1,364 @@
+"""The command line: one function a verb, everything heavy imported inside it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llamax.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Plan, train, fit, predict, check: scaling research on the open-weight Llama lineage.",
+)
+sweep_app = typer.Typer(no_args_is_help=True, help="Plan a sweep, run it with any number of workers, watch it.")
+data_app = typer.Typer(no_args_is_help=True, help="Build and inspect token stores.")
+model_app = typer.Typer(no_args_is_help=True, help="The shipped models and what they cost.")
+config_app = typer.Typer(no_args_is_help=True, help="Show configs, or their JSON Schema.")
+app.add_typer(sweep_app, name="sweep")
+app.add_typer(data_app, name="data")
+app.add_typer(model_app, name="model")
+app.add_typer(config_app, name="config")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b.c=value]...", help="Config fields to set.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+StudyPath = Annotated[Path, typer.Argument(metavar="DIR", help="A study, a run, or a folder of them.")]
+
+
+def main() -> None:
+    """Run the command line; bad input is one message on stderr and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
+
+
+# ---------------------------------------------------------------- the main job
+@app.command()
+def quickstart(
+    settings: Overrides = None,
+    directory: Annotated[Path, typer.Option("--dir", help="Where the study goes; an existing one continues.")] = Path("quickstart"),
+    fast: Annotated[bool, typer.Option("--fast", help="Fewer, smaller cells: under two minutes, no accuracy promised.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Worker processes; default one a core, at most 8.")] = None,
+    as_json: Json = False,
+) -> None:
+    """A whole scaling study on this machine: plan, train, fit, predict, check, report.
+
+    Settings: corpus=python-all, tokenizer=sentencepiece, or any field of the cells as a.b.c=value.
+    """
+    from llamax.quickstart import run_quickstart
+
+    result = run_quickstart(directory, fast=fast, settings=settings or [], workers=workers)
+    _emit(result, as_json)
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="A shipped config (tiny) or a YAML path.")],
+    overrides: Overrides = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Where the run goes; the same command resumes it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train one run, or resume it; SIGTERM saves and exits."""
+    from llamax.config.load import load_run
+
+    resolved = load_run(config, overrides or [])
+    where = run_dir or Path("runs") / Path(config).stem / f"{Path(config).stem}-{resolved.hash8}"
+    from llamax.console import TrainProgress, print_run_plan
+    from llamax.train.loop import train as train_run
+    from llamax.train.signals import Interrupted
+
+    if not as_json:
+        print_run_plan(resolved, where)
+    try:
+        with TrainProgress() as progress:
+            result = train_run(resolved, where, report=progress)
+    except Interrupted as stop:
+        print(f"{stop}; the same command resumes {where}", file=sys.stderr)
+        sys.exit(stop.exit_code)
+    _emit({**result, "run_dir": str(where)}, as_json)
+    if result["status"] == "diverged":
+        print(f"the run diverged: {result['cause']}", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command("eval")
+def evaluate(
+    run: RunPath,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Held-out loss of a trained run, on its own data or on data.store=STORE."""
+    from llamax.train.load import evaluate_run
+
+    _emit(evaluate_run(run, overrides or []), as_json)
+
+
+# ---------------------------------------------------------------- sweeps
+SweepSpec = Annotated[str, typer.Argument(metavar="SWEEP", help="A shipped sweep, a YAML path, or a study directory.")]
+
+
+@sweep_app.command("plan")
+def sweep_plan(
+    sweep: SweepSpec,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Write the plan as a study directory, ready to run.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print every cell with its derived numbers and the rules that made them, before a FLOP is spent."""
+    from llamax.sweep.plan import load_sweep, make_plan, plan_tables, save_plan
+
+    plan = make_plan(load_sweep(sweep, overrides or []))
+    if out is not None:
+        save_plan(plan, out)
+    if as_json:
+        _print_json(plan.as_dict())
+    else:
+        _print(*plan_tables(plan))
+
+
+@sweep_app.command("run")
+def sweep_run(
+    sweep: SweepSpec,
+    overrides: Overrides = None,
+    directory: Annotated[Path | None, typer.Option("--dir", help="Study directory; default runs/<name>.")] = None,
+    workers: Annotated[int, typer.Option(help="Worker processes on this machine.")] = 1,
+    retry_failed: Annotated[bool, typer.Option(help="Try failed cells again.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train the cells of a sweep; any number of these commands may race on one study."""
+    from llamax.sweep.local import run_local
+    from llamax.sweep.plan import load_sweep, make_plan, save_plan
+    from llamax.sweep.status import status
+
+    path = Path(sweep)
+    if not (path / "plan.json").is_file():
+        spec = load_sweep(sweep, overrides or [])
+        path = directory or Path("runs") / spec.name
+        save_plan(make_plan(spec), path)
+    run_local(path, workers=workers, retry_failed=retry_failed)
+    _emit(status(path), as_json)
+
+
+@sweep_app.command("status")
+def sweep_status(study: StudyPath, as_json: Json = False) -> None:
+    """What is done, running, failed and pending."""
+    from llamax.sweep.status import status, status_table
+
+    found = status(study)
+    if as_json:
+        _print_json(found)
+    else:
+        _print(status_table(found))
+
+
+# ---------------------------------------------------------------- after the runs
+@app.command()
+def fit(
+    data: Annotated[Path, typer.Argument(help="A study directory, or a CSV or Parquet table of runs.")],
+    n: Annotated[str, typer.Option(help="Column of parameters.")] = "n",
+    d: Annotated[str, typer.Option(help="Column of training tokens.")] = "tokens",
+    loss: Annotated[str, typer.Option(help="Column of loss, nats per token.")] = "eval_loss",
+    flops: Annotated[str | None, typer.Option(help="Column of training FLOPs.")] = "flops_6n",
+    budget: Annotated[str | None, typer.Option(help="Column of the nominal budget (approach 2).")] = "budget",
+    approach: Annotated[list[int] | None, typer.Option(help="2 (parabolas), 3 (parametric); default both.")] = None,
+    bootstrap: Annotated[int, typer.Option(help="Resamples for the intervals; 0 for none.")] = 300,
+    delta: Annotated[float, typer.Option(help="Huber threshold on log loss.")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    at: Annotated[float | None, typer.Option(help="Recommend and predict at this many training FLOPs.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Fit scaling laws with bootstrap intervals to a study or to any table of runs."""
+    from llamax.fitting import fit_data, fit_tables
+
+    columns = {"n": n, "d": d, "loss": loss, "flops": flops, "budget": budget}
+    result = fit_data(data, columns, approach or [2, 3], bootstrap=bootstrap, delta=delta, seed=seed, at=at)
+    if as_json:
+        _print_json(result)
+    else:
+        _print(*fit_tables(result))
+
+
+@app.command()
+def report(study: StudyPath, as_json: Json = False) -> None:
+    """Write report.html and report.md for a study."""
+    from llamax.report.html import write_report
+
+    path = write_report(study)
+    _emit({"report": str(path)}, as_json)
+
+
+@app.command()
+def ledger(
+    path: StudyPath,
+    out: Annotated[Path | None, typer.Option(help="Write the table as .csv or .parquet.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Every run under a folder as one table."""
+    from llamax.report.ledger import ledger as read_ledger
+    from llamax.report.ledger import ledger_table, save_ledger
+
+    frame = read_ledger(path)
+    if out is not None:
+        save_ledger(frame, out)
+    if as_json:
+        _print_json({"runs": json.loads(frame.to_json(orient="records"))})
+    else:
+        _print(ledger_table(frame))
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(help="A run directory.")],
+    b: Annotated[Path, typer.Argument(help="Another.")],
+    as_json: Json = False,
+) -> None:
+    """Why two runs differ: config fields, data, environment, and where the losses part."""
+    from llamax.report.compare import compare, compare_table
+
+    found = compare(a, b)
+    if as_json:
+        _print_json(found)
+    else:
+        _print(compare_table(found))
+
+
+@app.command()
+def export(
+    run: RunPath,
+    to: Annotated[str, typer.Option(help="tensorboard or wandb (offline).")] = "tensorboard",
+    as_json: Json = False,
+) -> None:
+    """Hand a run directory's metrics to another tracker."""
+    from llamax.report.exporters import export as export_run
+
+    _emit({"written": str(export_run(run, to))}, as_json)
+
+
+# ---------------------------------------------------------------- data, models, configs, machine
+@data_app.command("build")
+def data_build(
+    out: Annotated[Path, typer.Option(help="The store to write.")],
+    text: Annotated[list[Path] | None, typer.Option(help="A text file or folder; may be repeated.")] = None,
+    paths: Annotated[list[Path] | None, typer.Argument(metavar="[PATH]...", help="More text files or folders.")] = None,
+    corpus: Annotated[str | None, typer.Option(help="A shipped corpus or a YAML path, instead of --text.")] = None,
+    tokenizer: Annotated[str, typer.Option(help="bytes, sentencepiece, or the path of a .model or tokenizer.json.")] = "bytes",
+    vocab_size: Annotated[int, typer.Option(help="Pieces, when sentencepiece is trained.")] = 4096,
+    workers: Annotated[int | None, typer.Option(help="Processes; default one a core.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Tokenize text into a store that `data.store=STORE` trains on."""
+    from llamax.console import build_from_cli
+
+    sources = [str(path) for path in [*(text or []), *(paths or [])]]
+    _emit(build_from_cli(out, sources, corpus, tokenizer, vocab_size, workers), as_json)
+
+
+@data_app.command("inspect")
+def data_inspect(store: Annotated[Path, typer.Argument(help="A token store.")], as_json: Json = False) -> None:
+    """Counts, digests and a look at the text of a store."""
+    from llamax.data.store import inspect_store
+
+    _emit(inspect_store(store), as_json)
+
+
+@model_app.command("list")
+def model_list(as_json: Json = False) -> None:
+    """Every shipped model with its exact counts."""
+    from llamax.accounting.cards import list_models
+
+    rows = list_models()
+    if as_json:
+        _print_json({"models": rows})
+        return
+    print(f"{'name':<24}{'total':>18}{'active':>18}{'KV B/token':>12}  licence")
+    for row in rows:
+        print(
+            f"{row['name']:<24}{row['params_total']:>18,}{row['params_active']:>18,}{row['kv_bytes_per_token']:>12,}"
+            f"  {(row['licence'] or '-')[:26]}"
+        )
+
+
+@model_app.command("show")
+def model_show(
+    name: Annotated[str, typer.Argument(help="A shipped model or its hub id.")],
+    seq_len: Annotated[int | None, typer.Option(help="Context length for FLOPs; default the model's own.")] = None,
+    as_json: Json = False,
+) -> None:
+    """One model: parameters by component, FLOPs a token by convention, memory."""
+    from llamax.accounting.cards import show_model
+
+    _emit(show_model(name, seq_len), as_json)
+
+
+@config_app.command("show")
+def config_show(
+    name: Annotated[str, typer.Argument(help="A shipped config or a YAML path.")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """The resolved config, every field present."""
+    from llamax.config.load import dump_yaml, load_run
+
+    config = load_run(name, overrides or [])
+    if as_json:
+        _print_json(config.as_dict() | {"hash": config.hash8})
+    else:
+        print(f"# hash {config.hash8}\n{dump_yaml(config)}", end="")
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """JSON Schema of a config file, for editors."""
+    from llamax.config.schema import json_schema
+
+    _print_json(json_schema())
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Devices, versions, caches, and what is missing."""
+    from llamax.doctor import examine
+
+    _emit(examine(), as_json)
+
+
+# ---------------------------------------------------------------- printing
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, allow_nan=False, default=str))
+
+
+def _print(*renderables: Any) -> None:
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    for item in renderables:
+        console.print(item)
+
+
+def _emit(result: dict[str, Any], as_json: bool) -> None:
+    """A result for a program as JSON, or for a person as aligned lines."""
+    if as_json:
+        _print_json(result)
+        return
+    from llamax.console import lines
+
+    for line in lines(result):
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
