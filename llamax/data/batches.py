@@ -1,0 +1,190 @@
+"""Batches as pure functions: batch k of (store, seed, k), and the held-out split in order."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+from grain.experimental import index_shuffle
+from jaxtyping import Float32, Int32, Int64
+
+from llamax.data.format import Source, Split, Store
+from llamax.errors import UserError
+
+SHARES = 1 << 20  # mixture weights as integers that add up to this
+
+
+class TrainBatches:
+    """`batches(step)` is the training batch of a step: a pure function of (store, seed, step).
+
+    The training split of each source is cut into windows of `seq_len` + 1 tokens, each sharing one token with the next,
+    so that every token but the first is a target once an epoch. An epoch is a permutation of the windows, a new one
+    each time; a mixture draws from its sources in proportion to their weights, spread evenly. Every process computes the
+    same global order and takes its own contiguous slice, so the global batch does not depend on how many there are.
+
+    `dataset` is the same as a Grain `MapDataset` of batches, for prefetching.
+
+    Raises:
+        UserError: a window longer than a source's text, or a batch that does not divide over the processes.
+    """
+
+    # Why not MapDataset.source(windows).shuffle(seed).repeat().batch(n): Grain's bookkeeping costs 20 us an element
+    # (212 us for 8 x 128, 701 us for 32 x 128), and its mix() rounds weights to 1/100 of the smallest. The
+    # permutation is Grain's own, called directly, so one source is in the very order that pipeline gives (a test
+    # compares them); the rows are gathered at once.
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        batch_size: int,
+        seq_len: int,
+        seed: int,
+        mask_documents: bool = False,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        if batch_size % process_count:
+            raise UserError(f"train.batch_size={batch_size} does not divide over {process_count} processes; choose a multiple")
+        for source in store.sources:
+            if len(source.train.tokens) <= seq_len:
+                raise UserError(
+                    f"train.seq_len={seq_len}: a window of {seq_len + 1} tokens is longer than the training text, "
+                    f"{len(source.train.tokens)} tokens in {source.name!r}; lower train.seq_len or give more text"
+                )
+        self.batch_size, self.seq_len = batch_size, seq_len
+        self._mask = mask_documents
+        local = batch_size // process_count
+        self._first, self._last = process_index * local, (process_index + 1) * local
+        self._sources = store.sources
+        self._windows = [(len(source.train.tokens) - 1) // seq_len for source in store.sources]
+        self._seeds = [_source_seed(seed, i) for i in range(len(store.sources))]
+        self._shares = _shares([source.weight for source in store.sources])
+        self.dataset = grain.MapDataset.range(sys.maxsize).map(self._batch)
+
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        """`tokens` [local_batch, seq_len + 1] int32, and `segments` alike when documents are masked.
+
+        Segments number the documents of a window from 1; an end-of-document token belongs to the document it ends.
+        """
+        return self.dataset[step]
+
+    def _batch(self, step: int) -> dict[str, np.ndarray]:
+        draws = np.arange(step * self.batch_size + self._first, step * self.batch_size + self._last, dtype=np.int64)
+        return _rows(self._sources, *self._windows_of(draws), self.seq_len, self._mask)
+
+    def _windows_of(self, draws: Int64[np.ndarray, "batch"]) -> tuple[Int64[np.ndarray, "batch"], Int64[np.ndarray, "batch"]]:
+        """The source of each draw, and the window of it."""
+        before = _drawn(draws, self._shares)
+        source = np.argmax(_drawn(draws + 1, self._shares) - before, axis=0)
+        place = before[source, np.arange(len(draws))]
+        return source, np.array([self._shuffled(s, i) for s, i in zip(source.tolist(), place.tolist(), strict=True)], np.int64)
+
+    def _shuffled(self, source: int, i: int) -> int:
+        """The window that is the i-th drawn from `source`: MapDataset.shuffle(seed).repeat() at i."""
+        epoch, place = divmod(i, self._windows[source])
+        return index_shuffle(place, self._windows[source] - 1, (self._seeds[source] + epoch) % 2**32, 4)
+
+    def epochs(self, step: int) -> float:
+        """Passes over the most repeated source after `step` steps."""
+        return max(drawn / windows for drawn, windows in zip(self._drawn_by(step), self._windows, strict=True))
+
+    def unique_tokens(self, step: int) -> int:
+        """Different tokens trained on after `step` steps; the rest of step * batch_size * seq_len were repeats."""
+        return self.seq_len * sum(min(d, w) for d, w in zip(self._drawn_by(step), self._windows, strict=True))
+
+    def _drawn_by(self, step: int) -> list[int]:
+        return _drawn(np.array([step * self.batch_size], np.int64), self._shares)[:, 0].tolist()
+
+
+def _source_seed(seed: int, source: int) -> int:
+    """32 bits. Grain adds the epoch to a seed, so plain ones would make epoch 1 of seed 0 the epoch 0 of seed 1."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{source}".encode()).digest()[:4], "big")
+
+
+def _shares(weights: list[float]) -> list[int]:
+    """Positive integers in proportion to `weights`, precise to one in a million."""
+    return [max(1, round(SHARES * weight / sum(weights))) for weight in weights]
+
+
+def _drawn(draws: Int64[np.ndarray, "n"], shares: list[int]) -> Int64[np.ndarray, "sources n"]:
+    """How many of the first `draws` draws came from each source.
+
+    Source 0 gets its share of them rounded up, the next its share of what is left, and so on: each count is within one
+    or two of exact at every point, and each draw adds one to exactly one count.
+    """
+    counts, left, total = [], draws, sum(shares)
+    for share in shares:
+        rest = left * (total - share) // total
+        counts.append(left - rest)
+        left, total = rest, total - share
+    return np.stack(counts)
+
+
+def _rows(
+    sources: tuple[Source, ...], source: Int64[np.ndarray, "batch"], window: Int64[np.ndarray, "batch"], seq_len: int, mask: bool
+) -> dict[str, np.ndarray]:
+    """Windows gathered from the training split of their sources."""
+    batch = {name: np.empty((len(window), seq_len + 1), np.int32) for name in (["tokens", "segments"] if mask else ["tokens"])}
+    for i in range(len(sources)):
+        mine = slice(None) if len(sources) == 1 else source == i
+        starts = window[mine] * seq_len
+        batch["tokens"][mine] = gather(sources[i].train, starts, seq_len + 1)
+        if mask:
+            batch["segments"][mine] = segments(sources[i].train, starts, seq_len + 1)
+    return batch
+
+
+def gather(split: Split, starts: Int64[np.ndarray, "batch"], length: int) -> Int32[np.ndarray, "batch length"]:
+    """The tokens [start, start + length) for each start."""
+    return np.lib.stride_tricks.sliding_window_view(split.tokens, length)[starts].astype(np.int32)
+
+
+def segments(split: Split, starts: Int64[np.ndarray, "batch"], length: int) -> Int32[np.ndarray, "batch length"]:
+    """Which document of its window each position belongs to, from 1."""
+    document = np.searchsorted(split.ends, starts[:, None] + np.arange(length), side="right")
+    return (document - document[:, :1] + 1).astype(np.int32)
+
+
+# ---------------------------------------------------------------- held-out text
+def eval_batches(
+    store: Store, *, batch_size: int, seq_len: int, max_tokens: int | None = None, mask_documents: bool = False
+) -> Iterator[dict[str, np.ndarray]]:
+    """The held-out split in order, every target token once, in batches of one shape.
+
+    Each has `tokens` (and `segments`) [batch, seq_len + 1] int32, and `weights` [batch, seq_len] float32: 1 where the
+    target counts, 0 on padding (token 0, segment 0). The first token of each source has no context and is no target.
+    With `max_tokens` at most that many targets count, in windows spread evenly over the whole split. The parts of
+    a mixture count by their held-out size, not by their weight.
+    """
+    windows = [(source.held_out, start) for source in store.sources for start in range(0, len(source.held_out.tokens) - 1, seq_len)]
+    wanted = len(windows) if max_tokens is None else min(len(windows), -(-max_tokens // seq_len))
+    chosen = [windows[i * len(windows) // wanted] for i in range(wanted)]
+    budget = sum(len(source.held_out.tokens) for source in store.sources) if max_tokens is None else max_tokens
+    for first in range(0, wanted, batch_size):
+        batch = _held_out_batch(chosen[first : first + batch_size], batch_size, seq_len, mask_documents)
+        counted = batch["weights"].ravel().cumsum(dtype=np.int64).reshape(batch["weights"].shape)
+        batch["weights"] = np.where(counted <= budget, batch["weights"], np.float32(0))
+        budget -= int(counted[-1, -1])
+        yield batch
+
+
+def _held_out_batch(windows: list[tuple[Split, int]], batch_size: int, seq_len: int, mask: bool) -> dict[str, np.ndarray]:
+    shape = (batch_size, seq_len + 1)
+    batch = {name: np.zeros(shape, np.int32) for name in (["tokens", "segments"] if mask else ["tokens"])}
+    weights: Float32[np.ndarray, "batch seq_len"] = np.zeros((batch_size, seq_len), np.float32)
+    for row, (split, start) in enumerate(windows):
+        length = min(seq_len + 1, len(split.tokens) - start)
+        batch["tokens"][row, :length] = split.tokens[start : start + length]
+        if mask:
+            batch["segments"][row, :length] = segments(split, np.array([start]), length)[0]
+        weights[row, : length - 1] = 1
+    return {**batch, "weights": weights}
+
+
+def held_out_bytes_per_token(store: Store) -> float:
+    """Bytes of held-out text a token; bits per byte = nats per token / ln 2 / this. End-of-document tokens count."""
+    return store.bytes("held_out") / store.tokens("held_out")
