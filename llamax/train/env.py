@@ -53,7 +53,7 @@ def devices() -> dict[str, Any]:
 
 @functools.cache
 def git_state(source: Path) -> dict[str, Any] | None:
-    """Of the repository that tracks `source`: the commit, whether tracked files differ from it, and how (64 KiB at most).
+    """The commit of the repository that tracks `source`, and how tracked files differ from it (64 KiB at most).
 
     None when `source` is not a tracked file, such as in an installed wheel.
     """

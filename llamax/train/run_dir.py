@@ -31,10 +31,10 @@ CONFIG, ENV, RESULT, LOCK = "config.yaml", "env.json", "result.json", "lock"
 METRICS, EVALS, CHECKPOINTS = "metrics.jsonl", "evals.jsonl", "checkpoints"
 
 
-class Run:
+class RunDir:
     """An open run directory. `writer` is False in all but the first of several JAX processes: they write nothing."""
 
-    def __init__(self, path: Path, writer: bool = True) -> None:
+    def __init__(self, path: Path, writer: bool) -> None:
         self.path, self._writer = path, writer
 
     @property
@@ -74,7 +74,7 @@ class Run:
 
 
 @contextmanager
-def open_run(path: Path, config: RunConfig, fingerprint: str, *, writer: bool = True) -> Iterator[Run]:
+def open_run(path: Path, config: RunConfig, fingerprint: str) -> Iterator[RunDir]:
     """Create the run directory, or open it to continue: `with open_run(...) as run:`.
 
     A run is the same when the sections `IDENTITY` of its config and the `fingerprint` of its data are; the other
@@ -83,9 +83,11 @@ def open_run(path: Path, config: RunConfig, fingerprint: str, *, writer: bool = 
     Raises:
         UserError: another run lives there, another process is using it, a damaged row or file, or the disk refuses.
     """
+    import jax
+
     path = Path(path)
-    if not writer:
-        yield Run(path, writer=False)
+    if jax.process_index() > 0:
+        yield RunDir(path, writer=False)
         return
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -96,7 +98,7 @@ def open_run(path: Path, config: RunConfig, fingerprint: str, *, writer: bool = 
             _check_unused(path)
         if read_result(path) is None:
             _start_session(path, config, fingerprint)
-        yield Run(path)
+        yield RunDir(path, writer=True)
 
 
 # ---------------------------------------------------------------- readers
@@ -116,7 +118,7 @@ def read_config(run_dir: Path) -> RunConfig:
 
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:
-    """result.json, None while the run is not done; numbers that were not finite are None. Raises UserError if damaged."""
+    """result.json, None while the run is not done; a number that was not finite is None. UserError if damaged."""
     return _read_json(Path(run_dir) / RESULT)
 
 
