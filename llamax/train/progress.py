@@ -9,8 +9,9 @@ from dataclasses import dataclass
 class Progress:
     """One report of a run.
 
-    `step` of `steps` and `tokens` are done; `loss` is the newest in nats per token; `seconds_left` an estimate of the time
-    to the end of the run; `phase` says what is going on ("data", "compile", "train", "eval", "save", ...). None: not known yet.
+    `step` of `steps` and `tokens` are done; `loss` is the newest, in nats per token; `seconds_left` estimates the time to
+    the end of the run; `phase` is a word for what is going on ("compiling", "training", "evaluating", ...). None: not
+    known yet.
     """
 
     step: int

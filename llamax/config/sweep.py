@@ -1,0 +1,187 @@
+"""What a sweep is: a base run, axes that multiply into cells, and rules that derive each cell's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from llamax.config.base import Frozen
+from llamax.config.files import find, read_yaml
+from llamax.config.load import validate
+from llamax.config.merge import apply_override, parse_override
+from llamax.config.run import RunConfig
+
+Values = Annotated[tuple[Any, ...], Field(min_length=1)]
+Sizes = Annotated[tuple[str, ...], Field(min_length=1)]
+Amounts = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
+
+
+# ---------------------------------------------------------------- axes
+class Product(Frozen):
+    """Every combination of the values of each dotted field: `{optimizer.lr: [1e-3, 3e-3], model.norm.kind: [...]}`."""
+
+    kind: Literal["product"] = "product"
+    fields: Annotated[dict[str, Values], Field(min_length=1)]
+
+
+class Zip(Frozen):
+    """The i-th values of every dotted field together; the lists are equally long."""
+
+    kind: Literal["zip"]
+    fields: Annotated[dict[str, Values], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _equal(self) -> Zip:
+        lengths = {path: len(values) for path, values in self.fields.items()}
+        if len(set(lengths.values())) > 1:
+            shown = ", ".join(f"{path}: {n}" for path, n in lengths.items())
+            raise ValueError(f"zip needs lists of one length, found {shown}; pad the short ones or use kind: product")
+        return self
+
+
+class Isoflop(Frozen):
+    """Models of several sizes at each compute budget (training FLOPs as 6 N D; arXiv:2203.15556, approach 2).
+
+    `sizes` are model names, one list for all budgets or one list a budget.
+    """
+
+    kind: Literal["isoflop"]
+    budgets: Amounts
+    sizes: Sizes | Annotated[tuple[Sizes, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _one_list_a_budget(self) -> Isoflop:
+        if not isinstance(self.sizes[0], str) and len(self.sizes) != len(self.budgets):
+            counts = f"sizes has {len(self.sizes)} lists for {len(self.budgets)} budgets"
+            raise ValueError(f"{counts}; give one list, or one a budget")
+        return self
+
+    @property
+    def pairs(self) -> tuple[tuple[float, str], ...]:
+        """(budget, size) of every cell, in order."""
+        lists = [self.sizes] * len(self.budgets) if isinstance(self.sizes[0], str) else self.sizes
+        return tuple((budget, str(size)) for budget, sizes in zip(self.budgets, lists, strict=True) for size in sizes)
+
+
+class Ladder(Frozen):
+    """Every model size at every ratio of training tokens to N."""
+
+    kind: Literal["ladder"]
+    sizes: Sizes
+    tokens_per_param: Amounts = (20.0,)
+
+
+class Seeds(Frozen):
+    """Repeats that differ in `train.seed`: 0 to count - 1, or the listed `values`."""
+
+    kind: Literal["seeds"]
+    count: PositiveInt | None = None
+    values: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Seeds:
+        if (self.count is None) == (self.values is None):
+            raise ValueError(f"seeds takes exactly one of count={self.count} and values={self.values}; keep one")
+        return self
+
+
+Axis = Annotated[Product | Zip | Isoflop | Ladder | Seeds, Field(discriminator="kind")]
+
+
+# ---------------------------------------------------------------- rules
+class _Bounds(Frozen):
+    @model_validator(mode="after")
+    def _order(self) -> _Bounds:
+        low, high = getattr(self, "min", None), getattr(self, "max", None)
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"min={low:g} is above max={high:g}; swap them")
+        return self
+
+
+class FixedLr(Frozen):
+    """One peak learning rate for every cell."""
+
+    kind: Literal["fixed"]
+    value: PositiveFloat
+
+
+class PowerLr(_Bounds):
+    """Peak learning rate = coefficient * N^n_exponent * D^d_exponent, kept within [min, max]."""
+
+    kind: Literal["power_law"]
+    coefficient: PositiveFloat
+    n_exponent: float = 0.0
+    d_exponent: float = 0.0
+    min: PositiveFloat | None = None
+    max: PositiveFloat | None = None
+
+
+class FixedBatch(Frozen):
+    """One batch size, in sequences, for every cell."""
+
+    kind: Literal["fixed"]
+    value: PositiveInt
+
+
+class PowerBatch(_Bounds):
+    """Batch = coefficient * D^d_exponent in `unit`, rounded to a power of two or to a `multiple` of sequences.
+
+    `min` and `max` are in sequences.
+    """
+
+    kind: Literal["power_law"]
+    coefficient: PositiveFloat
+    d_exponent: float
+    unit: Literal["sequences", "tokens"] = "sequences"
+    multiple: PositiveInt | Literal["power_of_two"] = "power_of_two"
+    min: PositiveInt = 1
+    max: PositiveInt | None = None
+
+
+class Rules(Frozen):
+    """Numbers derived for each cell from its N (parameters in matrix products) and D (training tokens).
+
+    A rule takes the place of the base config's number. `min_steps` lowers a cell's batch until it has that many steps.
+    """
+
+    lr: Annotated[FixedLr | PowerLr, Field(discriminator="kind")] | None = None
+    batch: Annotated[FixedBatch | PowerBatch, Field(discriminator="kind")] | None = None
+    min_steps: PositiveInt | None = None
+
+
+# ---------------------------------------------------------------- the sweep
+class SweepConfig(Frozen):
+    """A sweep as data. Its cells are the product of the `axes`, first axis slowest; no axes is one cell.
+
+    `base` is a shipped train config, a YAML path or an inline mapping; `overrides` (a.b.c=value) apply to every cell.
+    `optimum_tokens_per_param` is where the best size of a budget is expected; the plan warns when no size brackets it.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+    base: str | dict[str, Any]
+    overrides: tuple[str, ...] = ()
+    axes: tuple[Axis, ...] = ()
+    rules: Rules = Rules()
+    optimum_tokens_per_param: PositiveFloat = 20.0
+
+
+def load_sweep(name: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
+    """A sweep from a shipped name (`quickstart`) or a YAML path.
+
+    Overrides of the sweep's own fields (`axes.0.budgets=[1e11]`, `rules.min_steps=50`) change the sweep; those of a
+    run's fields (`train.seq_len=64`) go to every cell.
+
+    Raises:
+        UserError: unknown name, bad YAML, bad override, or an invalid sweep.
+    """
+    data = read_yaml(find("sweeps", str(name), "sweep"))
+    for text in overrides:
+        keys, value = parse_override(text)
+        if keys[0] in RunConfig.model_fields:
+            data["overrides"] = [*data.get("overrides", ()), text]
+        else:
+            data = apply_override(data, keys, value)
+    return validate(SweepConfig, data, str(name))

@@ -1,0 +1,234 @@
+"""A sweep before a FLOP is spent: every cell as a complete run config, its cost, the rule behind each number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llamax.accounting import horizon, memory_bytes
+from llamax.config.load import load_run, run_from_data, validate
+from llamax.config.merge import apply_override
+from llamax.config.run import RunConfig
+from llamax.config.sweep import Rules, SweepConfig
+from llamax.errors import UserError
+from llamax.sweep.expand import Point, expand, safe
+from llamax.sweep.rules import resolve
+from llamax.sweep.throughput import Throughput, guess
+from llamax.sweep.warn import warnings_of
+from llamax.train.files import write_atomic
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep and what it will cost.
+
+    `overrides` on the sweep's base give `config`; `n`, `tokens`, `steps` are accounting's; `flops` training FLOPs by
+    convention; `memory_bytes` of a step over the whole mesh; `epochs` passes over the corpus (None: size unknown);
+    `rules` the sentence behind each derived number.
+    """
+
+    name: str
+    config: RunConfig
+    tags: Mapping[str, Any]
+    overrides: tuple[str, ...]
+    n: int
+    tokens: int
+    tokens_per_param: float
+    batch: int
+    steps: int
+    lr: float
+    flops: Mapping[str, float]
+    memory_bytes: int
+    seconds: float
+    epochs: float | None
+    rules: Mapping[str, str]
+    extra: bool = False
+
+    @property
+    def hash(self) -> str:
+        """The eight hex digits of the run's identity."""
+        return self.config.hash8
+
+    @property
+    def run_name(self) -> str:
+        """The run directory's name inside the study."""
+        return f"{self.name}-{self.hash}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, as plan.json holds it."""
+        own = {key: getattr(self, key) for key in self.__dataclass_fields__ if key != "config"}
+        own |= {key: dict(own[key]) for key in ("tags", "flops", "rules")} | {"overrides": list(self.overrides)}
+        return {"name": self.name, "hash": self.hash, "run": self.run_name, **own, "config": self.config.as_dict()}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cells of a sweep in order, the rules all of them share, and warnings in words."""
+
+    spec: SweepConfig
+    cells: tuple[Cell, ...]
+    rules: Mapping[str, str]
+    warnings: tuple[str, ...]
+    corpus_tokens: int | None = None
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """Number of cells, FLOPs (6 N D) and worker-seconds of all of them."""
+        cells = self.cells
+        return {
+            "cells": len(cells),
+            "flops_6n": sum(c.flops["6n"] for c in cells),
+            "seconds": sum(c.seconds for c in cells),
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, as plan.json and --json hold it."""
+        return {
+            "name": self.spec.name,
+            "cells": [cell.as_dict() for cell in self.cells],
+            "rules": dict(self.rules),
+            "warnings": list(self.warnings),
+            "corpus_tokens": self.corpus_tokens,
+            "totals": self.totals,
+            "spec": self.spec.as_dict(),
+        }
+
+
+def make_plan(
+    spec: SweepConfig,
+    *,
+    corpus_tokens: int | None = None,
+    throughput: Throughput | None = None,
+    devices: int | None = None,
+) -> Plan:
+    """Expands a sweep into costed cells. Trains nothing, imports no JAX.
+
+    Args:
+        corpus_tokens: tokens of the training split, for epochs (None: unknown).
+        throughput: how fast one worker is (None: `throughput.guess()`).
+        devices: devices of one worker's mesh, to check that the batch divides (None: fixed mesh sizes alone count).
+
+    Raises:
+        UserError: an invalid cell (named), or axes and rules that set one field twice.
+    """
+    speed = throughput or guess()
+    cells = tuple(_cell(spec, point, corpus_tokens, speed) for point in expand(spec))
+    rules, warnings = _shared_rules(speed, corpus_tokens), warnings_of(spec, cells, devices)
+    return Plan(spec, cells, rules, warnings, corpus_tokens)
+
+
+def make_cell(
+    name: str,
+    config: RunConfig,
+    *,
+    tags: Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
+    corpus_tokens: int | None = None,
+    throughput: Throughput | None = None,
+    rules: Mapping[str, str] | None = None,
+    extra: bool = False,
+) -> Cell:
+    """One costed cell from a complete config; `study.add_cells` takes such cells beyond the sweep's own."""
+    if name != safe(name):
+        raise UserError(f"cell name {name!r}: a name is letters, digits and ._+-, not starting with . or -")
+    speed, train, h = throughput or guess(), config.train, horizon(config)
+    rate = speed.flops_per_second(h.n, train.batch_size * train.seq_len)
+    evaluations = 1 + (h.steps // train.eval_every_steps if train.eval_every_steps else 0)
+    spent = 6 * h.n * h.tokens + 2 * h.n * (config.data.eval_tokens or 0) * evaluations
+    return Cell(
+        name=name,
+        config=config,
+        tags={**(tags or {}), "seed": train.seed},
+        overrides=tuple(overrides),
+        n=h.n,
+        tokens=h.tokens,
+        tokens_per_param=h.tokens_per_param,
+        batch=train.batch_size,
+        steps=h.steps,
+        lr=config.optimizer.lr,
+        flops=h.flops,
+        memory_bytes=memory_bytes(config)["total"],
+        seconds=speed.startup_seconds + spent / rate,
+        epochs=None if corpus_tokens is None else h.tokens / corpus_tokens,
+        rules={"steps": h.rule, **(rules or {})},
+        extra=extra,
+    )
+
+
+def _cell(spec: SweepConfig, point: Point, corpus_tokens: int | None, speed: Throughput) -> Cell:
+    where = f"sweep {spec.name}, cell {point.label}"
+    rules = spec.rules.as_dict()
+    for path, value in point.sets:
+        if path.startswith("rules."):
+            rules = apply_override(rules, path.split(".")[1:], value)
+    texts = [_override(path, value) for path, value in point.sets if not path.startswith("rules.")]
+    try:
+        sets, said = resolve(_build(spec, texts), validate(Rules, rules, "rules"))
+        texts += [_override(path, value) for path, value in sets.items()]
+        return make_cell(
+            point.label,
+            _build(spec, texts),
+            tags=point.tags,
+            overrides=(*spec.overrides, *texts),
+            corpus_tokens=corpus_tokens,
+            throughput=speed,
+            rules=said,
+        )
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _build(spec: SweepConfig, texts: Sequence[str]) -> RunConfig:
+    overrides = (*spec.overrides, *texts)
+    if isinstance(spec.base, str):
+        return load_run(spec.base, overrides)
+    return run_from_data(spec.base, overrides, where="base")
+
+
+def _override(path: str, value: Any) -> str:
+    return f"{path}={json.dumps(value)}" if not isinstance(value, str) else f"{path}={value}"
+
+
+def _shared_rules(speed: Throughput, corpus_tokens: int | None) -> dict[str, str]:
+    rules = {
+        "N": "N = parameters one token is multiplied with (the lookup-only input table excluded)",
+        "D": "D = steps x batch x seq_len; a budget C gives D = C / (6 N), rounded to whole steps",
+        "FLOPs": "FLOPs = D x training FLOPs a token, by convention: 6n, chinchilla, palm, causal",
+        "memory": "memory = parameters + gradients + optimizer + activations + logits of one step, over the mesh",
+        "time": f"time = {speed.startup_seconds:g} s start + (6 N D + 2 N x eval tokens) / rate; rate: {speed.rule}",
+    }
+    if corpus_tokens is not None:
+        rules["epochs"] = f"epochs = D / {corpus_tokens:,} training tokens of the corpus"
+    return rules
+
+
+# ---------------------------------------------------------------- plan.json
+def save_plan(plan: Plan, path: Path) -> None:
+    """Writes plan.json atomically."""
+    write_atomic(path, json.dumps(plan.as_dict(), indent=1))
+
+
+def load_plan(path: Path) -> Plan:
+    """Reads a study's plan.json back, every config validated.
+
+    Raises:
+        UserError: missing, not JSON, or not a plan.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        cells = tuple(_cell_from(row, path) for row in data["cells"])
+        spec = validate(SweepConfig, data["spec"], str(path))
+        return Plan(spec, cells, data["rules"], tuple(data["warnings"]), data["corpus_tokens"])
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such plan; start the study with `llamax sweep run`") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a plan ({type(error).__name__}: {error}); remove it and start again") from None
+
+
+def _cell_from(row: Mapping[str, Any], path: Path) -> Cell:
+    own = {key: row[key] for key in Cell.__dataclass_fields__ if key != "config"}
+    config = validate(RunConfig, row["config"], f"{path}: cell {row['name']}")
+    return Cell(**own | {"overrides": tuple(row["overrides"]), "config": config})

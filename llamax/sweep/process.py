@@ -1,0 +1,109 @@
+"""Which process holds a lease, whether it still runs, and how a worker ties itself to its cores and its parent."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+@functools.cache
+def machine() -> str:
+    """An opaque name of this boot of this machine as this process sees it: host, boot id and process-id namespace.
+
+    Two containers on one host differ, because a process id of one says nothing about the other.
+    """
+    boot = _read("/proc/sys/kernel/random/boot_id")
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    text = "\0".join((socket.gethostname(), platform.system(), boot, namespace))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def started(pid: int) -> str | None:
+    """When a process began, in clock ticks since boot; "" if it has ended or is a zombie; None without /proc."""
+    if not os.path.isdir("/proc/self"):
+        return None
+    stat = _read(f"/proc/{pid}/stat")
+    fields = stat.rpartition(")")[2].split()  # the name before it may hold spaces and brackets
+    return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else ""
+
+
+def me() -> dict[str, Any]:
+    """The identity of this process, as a lease records it."""
+    return {"machine": machine(), "pid": os.getpid(), "started": started(os.getpid())}
+
+
+def alive(record: dict[str, Any]) -> bool | None:
+    """Whether the process of a record runs: known only on its own machine, None elsewhere."""
+    if record.get("machine") != machine() or not isinstance(record.get("pid"), int):
+        return None
+    now = started(record["pid"])
+    if now is not None and record.get("started") is not None:
+        return now == record["started"]
+    try:
+        os.kill(record["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return None  # a process of that number runs, which may be another one
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+# ---------------------------------------------------------------- cores and parent
+def cores() -> list[int]:
+    """The cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def share(available: list[int], index: int, workers: int, threads: int | None) -> list[int]:
+    """The cores of worker `index` of `workers`: `threads` neighbours (default: an even share), wrapping round."""
+    width = min(threads or max(1, len(available) // workers), len(available))
+    return sorted(available[(index * width + i) % len(available)] for i in range(width))
+
+
+def pin(to: list[int]) -> None:
+    """Restricts this process to some cores. Before JAX starts: XLA sizes its thread pool by the cores it may use."""
+    if to and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, to)
+
+
+def die_with(parent: int, stop: Callable[[], None], grace_seconds: float = 10.0) -> None:
+    """Asks this process to stop when `parent` is gone, even by kill -9, and ends it after `grace_seconds` more.
+
+    On Linux the kernel sends SIGTERM; elsewhere, or if the parent was gone already, `stop` is called. Never both: a
+    second signal means "at once" to a training loop.
+    """
+    armed = sys.platform == "linux" and ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0) == 0  # PR_SET_PDEATHSIG
+    armed = armed and os.getppid() == parent
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.25)
+        if not armed:
+            stop()
+        time.sleep(grace_seconds)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
