@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Words:
-    """A paragraph."""
+    """A paragraph; `small` for notes under a figure or table."""
 
     text: str
+    small: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,11 @@ def sections(study: Study) -> tuple[Section, ...]:
 # ---------------------------------------------------------------- findings
 def _summary(study: Study) -> Section:
     tiles = _tiles(study)
-    return Section("summary", "In short", (Words(question(study)), *([Tiles(tiles)] if tiles else []), Bullets(tuple(answer(study)))))
+    return Section(
+        "summary",
+        "In short",
+        (Words(question(study)), *([Tiles(tiles)] if tiles else []), Bullets(tuple(answer(study)))),
+    )
 
 
 def _tiles(study: Study) -> tuple[Tile, ...]:
@@ -108,7 +113,9 @@ def _tiles(study: Study) -> tuple[Tile, ...]:
         tiles.append(Tile("predicted loss", decimals(claim["loss"], 4), f"interval {interval(claim.get('interval'))}"))
     if number(claim.get("measured")) > 0:
         inside, signed = within(claim), 100 * (number(claim["measured"]) / number(claim["loss"]) - 1)
-        note = "no interval was given" if inside is None else "inside the interval" if inside else "outside the interval"
+        note = (
+            "no interval was given" if inside is None else "inside the interval" if inside else "outside the interval"
+        )
         tiles.append(Tile("measured loss", decimals(claim["measured"], 4), "nats per token"))
         tiles.append(Tile("miss", f"{signed:+.2f} %", note, "" if inside is None else "good" if inside else "bad"))
     return tuple(tiles)
@@ -116,7 +123,11 @@ def _tiles(study: Study) -> tuple[Tile, ...]:
 
 def _warnings(study: Study) -> Section:
     found = warnings(study)
-    block = Bullets(tuple(found), alarm=True) if found else Words("None: nothing in the plan, the runs, the fits or the prediction needs one.")
+    block = (
+        Bullets(tuple(found), alarm=True)
+        if found
+        else Words("None: nothing in the plan, the runs, the fits or the prediction needs one.")
+    )
     return Section("warnings", "Warnings", (block,))
 
 
@@ -124,22 +135,41 @@ def _valleys(study: Study) -> Section:
     picture = plots.valleys(study)
     title = "Valleys: loss against model size at equal compute"
     if picture is None:
-        return Section("valleys", title, (Words("Missing: no finished run carries a compute budget; a valley needs some of each budget."),))
+        return _missing(
+            "valleys", title, "no finished run carries a compute budget; a valley needs some of each budget."
+        )
     blocks: list[Block] = [Figures((picture,))]
     if study.valleys:
         rows = [
             (
-                power(v["budget"]), count(v.get("vertex")), count(v.get("vertex_d")), decimals(_ratio(v), significant=3),
+                power(v["budget"]), count(v.get("vertex")), count(v.get("vertex_d")), count(_ratio(v)),
                 decimals(v.get("loss"), 4), decimals(v.get("curvature"), 3), decimals(v.get("residual"), 4),
                 decimals(v.get("n_points"), 0), "inside" if v.get("interior") else "not inside",
             )
             for v in study.valleys
         ]  # fmt: skip
-        head = ("budget C", "N at minimum", "D at minimum", "D / N", "loss there", "curvature", "residual", "runs", "minimum in the grid")
+        head = (
+            "budget C",
+            "N at minimum",
+            "D at minimum",
+            "D / N",
+            "loss there",
+            "curvature",
+            "residual",
+            "runs",
+            "minimum in the grid",
+        )
         blocks.append(Grid(head, tuple(rows)))
-        blocks.append(Words("Curvature: nats per (natural log of N)². Residual: root mean square of loss minus parabola, nats per token."))
+        blocks.append(
+            Words(
+                "Curvature: nats per (natural log of N)². Residual: root mean square of loss minus parabola, nats.",
+                small=True,
+            )
+        )
     else:
-        blocks.append(Words("Missing: no stored fit of approach 2, so no parabolas; `llamax fit` on this folder makes one."))
+        blocks.append(
+            Words("Missing: no stored fit of approach 2, so no parabolas; `llamax fit` on this folder makes one.")
+        )
     return Section("valleys", title, tuple(blocks))
 
 
@@ -147,14 +177,34 @@ def _allocation(study: Study) -> Section:
     pictures = tuple(p for p in (plots.optimum(study, "n"), plots.optimum(study, "d")) if p)
     title = "Allocation: the best N and D against compute"
     if not pictures:
-        return Section("allocation", title, (Words("Missing: no budget has a fitted minimum inside its grid, so there is nothing to draw a power law through."),))
+        return _missing(
+            "allocation",
+            title,
+            "no budget has a fitted minimum inside its grid, so there is nothing to draw a power law through.",
+        )
     fit, bounds = study.approach2, study.approach2.get("intervals") or {}
     rows = []
     for name, key in (("N", "n"), ("D", "d")):
         keys = (f"{key}_exponent", f"{key}_coefficient")
-        rows.append((f"best {name}, approach 2", decimals(fit.get(keys[0]), 4), interval(bounds.get(keys[0]), 4), decimals(fit.get(keys[1]), significant=4), _pair(bounds.get(keys[1]))))
+        rows.append(
+            (
+                f"best {name}, approach 2",
+                decimals(fit.get(keys[0]), 4),
+                interval(bounds.get(keys[0]), 4),
+                decimals(fit.get(keys[1]), significant=4),
+                _pair(bounds.get(keys[1])),
+            )
+        )
         other = study.approach3.get(keys[0])
-        rows.append((f"best {name}, approach 3", decimals(other, 4), interval((study.approach3.get("intervals") or {}).get(keys[0]), 4), MISSING, MISSING))
+        rows.append(
+            (
+                f"best {name}, approach 3",
+                decimals(other, 4),
+                interval((study.approach3.get("intervals") or {}).get(keys[0]), 4),
+                MISSING,
+                MISSING,
+            )
+        )
     head = ("power law", "exponent of C", "interval", "coefficient", "interval")
     return Section("allocation", title, (Figures(pictures), Grid(head, tuple(rows))))
 
@@ -169,26 +219,36 @@ def _fit(study: Study) -> Section:
     title = "The parametric fit: L(N, D) = E + A / N^α + B / D^β"
     pictures = tuple(p for p in (plots_fit.measured_against_fitted(study), plots_fit.residuals(study)) if p)
     if study.law is None:
-        return Section("fit", title, (Words("Missing: no stored fit of approach 3; `llamax fit` on this folder makes one."),))
+        return _missing("fit", title, "no stored fit of approach 3; `llamax fit` on this folder makes one.")
     bounds, fit = study.approach3.get("intervals") or {}, study.approach3
     symbols = {"E": "E, nats per token", "A": "A", "B": "B", "alpha": "α", "beta": "β"}
     rows = tuple((symbols[k], decimals(v, significant=5), _pair(bounds.get(k))) for k, v in study.law.items())
-    notes = [f"Fitted to {plural(int(number(fit['n_points'])), 'run')}" if number(fit.get("n_points")) > 0 else "Fitted"]
+    notes = [
+        f"Fitted to {plural(int(number(fit['n_points'])), 'run')}" if number(fit.get("n_points")) > 0 else "Fitted"
+    ]
     if number(fit.get("residual_percent")) > 0:
-        notes.append(f"residuals of {decimals(fit['residual_percent'], significant=2)} % of the loss (root mean square)")
+        notes.append(
+            f"residuals of {decimals(fit['residual_percent'], significant=2)} % of the loss (root mean square)"
+        )
     if number(study.fits.get("holdout_error_percent")) > 0:
-        notes.append(f"{decimals(study.fits['holdout_error_percent'], significant=2)} % on the largest budget when fitted without it")
+        notes.append(
+            f"{decimals(study.fits['holdout_error_percent'], significant=2)} % on the largest budget, fitted without it"
+        )
     if fit.get("starts"):
         notes.append(f"{fit.get('starts_at_best')} of {fit['starts']} starts reached the best objective")
     figures = (Figures(pictures),) if pictures else ()
-    return Section("fit", title, (*figures, Grid(("parameter", "value", "bootstrap interval"), rows), Words("; ".join(notes) + ".")))
+    return Section(
+        "fit",
+        title,
+        (*figures, Grid(("parameter", "value", "bootstrap interval"), rows), Words("; ".join(notes) + ".", small=True)),
+    )
 
 
 def _prediction(study: Study) -> Section:
     title, claim = "The prediction, and what was measured", study.prediction
     pictures = tuple(p for p in (plots_fit.extrapolation(study), plots_fit.claim_interval(study)) if p)
     if not number(claim.get("loss")) > 0:
-        return Section("prediction", title, (Words("Missing: no prediction has been stored for this study."),))
+        return _missing("prediction", title, "no prediction has been stored for this study.")
     rows = [
         ("compute C", f"{power(claim.get('flops'), 3)} FLOPs"),
         ("the run: N, D", f"{count(claim.get('n'), 4)} parameters, {count(claim.get('d'), 4)} tokens"),
@@ -208,19 +268,51 @@ def _prediction(study: Study) -> Section:
 def _runs(study: Study) -> Section:
     title = "The runs"
     if study.runs.empty:
-        return Section("runs", title, (Words("Missing: there is no run directory in this folder yet."),))
-    head = ("run", "status", "budget", "N", "D", "D / N", "batch", "steps", "lr", "train loss", "held-out loss", "bits / byte", "fit residual", "epochs", "tokens / s", "time")
+        return _missing("runs", title, "there is no run directory in this folder yet.")
+    head = (
+        "run",
+        "status",
+        "budget",
+        "N",
+        "D",
+        "D / N",
+        "batch",
+        "steps",
+        "lr",
+        "train loss",
+        "held-out",
+        "bits / byte",
+        "fit residual",
+        "epochs",
+        "tokens / s",
+        "time",
+    )
     order = study.runs.assign(_b=study.runs["budget"].map(number)).sort_values(["_b", "n"], na_position="last")
-    rows = tuple(_run_row(study, row) for row in order.to_dict("records"))
-    note = "N: parameters in matrix products. D: tokens. Losses in nats per token; the held-out loss is measured at the end of a run. Fit residual: held-out loss over the law's, in percent."
-    return Section("runs", title, (Words(f"{plural(len(rows), 'run directory').replace('directorys', 'directories')}. {note}"), Grid(head, rows, text=2)))
+    names = "name" if study.runs["name"].is_unique else "run"  # the hash is in the ledger; it only widens the table
+    rows = tuple((row[names], *_run_row(study, row)) for row in order.to_dict("records"))
+    note = (
+        "N: parameters in matrix products. D: tokens. Losses in nats per token; the held-out loss is measured at the end "
+        "of a run. Fit residual: held-out loss over the law's, in percent."
+    )
+    return Section(
+        "runs",
+        title,
+        (
+            Words(f"{plural(len(rows), 'run directory').replace('directorys', 'directories')}. {note}", small=True),
+            Grid(head, rows, text=2),
+        ),
+    )
 
 
 def _run_row(study: Study, row: dict[str, Any]) -> tuple[str, ...]:
-    residual = 100 * (row["eval_loss"] / study.law_loss(row["n"], row["tokens"]) - 1) if study.law and row["n"] > 0 and row["tokens"] > 0 else None
+    residual = (
+        100 * (row["eval_loss"] / study.law_loss(row["n"], row["tokens"]) - 1)
+        if study.law and row["n"] > 0 and row["tokens"] > 0
+        else None
+    )
     return (
-        row["run"], row["status"], power(row["budget"]) if number(row["budget"]) > 0 else str(row["budget"] or MISSING).replace("nan", MISSING),
-        count(row["n"]), count(row["tokens"]), decimals(row["tokens"] / row["n"] if row["n"] > 0 else None, significant=3),
+        row["status"], _budget(row["budget"]),
+        count(row["n"]), count(row["tokens"]), count(row["tokens"] / row["n"] if row["n"] > 0 else None),
         decimals(row["train.batch_size"], 0), decimals(row["steps"], 0), decimals(row["optimizer.lr"], significant=3),
         decimals(row["train_loss"], 4), decimals(row["eval_loss"], 4), decimals(row["eval_bits_per_byte"], 4),
         f"{residual:+.2f} %" if residual is not None and residual == residual else MISSING,
@@ -229,24 +321,38 @@ def _run_row(study: Study, row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _plan(study: Study) -> Section:
-    rules = study.plan.get("rules")
-    if not rules:
-        return Section("plan", "The plan's rules", (Words("Missing: this folder has no plan.json with rules; the runs were not planned as a sweep."),))
-    if isinstance(rules, Mapping):
-        return Section("plan", "The plan's rules", (Grid(("what", "rule"), tuple((str(k), str(v)) for k, v in flatten(rules).items()), text=2),))
-    return Section("plan", "The plan's rules", (Bullets(tuple(str(rule) for rule in rules) if isinstance(rules, list) else (str(rules),)),))
+    title, rules = "The plan's rules", study.plan.get("rules")
+    cells = [c for c in study.plan.get("cells") or () if isinstance(c, Mapping) and isinstance(c.get("rules"), Mapping)]
+    blocks: list[Block] = []
+    if isinstance(rules, Mapping) and rules:
+        blocks.append(Grid(("what", "rule"), tuple((str(k), str(v)) for k, v in flatten(rules).items()), text=2))
+    if cells:
+        largest = max(
+            cells, key=lambda c: number(c.get("n")) * number(c.get("tokens")) if number(c.get("tokens")) > 0 else 0.0
+        )
+        blocks.append(Words(f"Rules with the numbers of one cell, {largest.get('name')}:"))
+        blocks.append(Grid(("what", "rule"), tuple((str(k), str(v)) for k, v in largest["rules"].items()), text=2))
+    missing = Words("Missing: this folder has no plan.json with rules; the runs were not planned as a sweep.")
+    return Section("plan", title, tuple(blocks) or (missing,))
 
 
 def _method(study: Study) -> Section:
     level = f"{100 * number(study.fits.get('level', 0.95)):.0f} %"
-    draws = [f"approach {a}: {(p.get('bootstrap') or {}).get('draws')}" for a, p in ((2, study.approach2), (3, study.approach3)) if (p.get("bootstrap") or {}).get("draws")]
+    draws = [
+        f"approach {a}: {(p.get('bootstrap') or {}).get('draws')}"
+        for a, p in ((2, study.approach2), (3, study.approach3))
+        if (p.get("bootstrap") or {}).get("draws")
+    ]
     facts = [
-        "N counts the parameters that take part in matrix products (a lookup-only embedding is not among them). D counts training tokens. "
-        "C = 6 N D training FLOPs on every axis; metrics.jsonl and the ledger hold the other conventions beside it.",
+        "N counts the parameters that take part in matrix products (a lookup-only embedding is not among them). D counts "
+        "training tokens. C = 6 N D training FLOPs on every axis; metrics.jsonl and the ledger hold the other conventions beside it.",
         "Losses are nats per token; the held-out loss is over files no run trained on.",
-        "Approach 2: a parabola of loss in log N (and one in log D) per budget; power laws through the minima inside the grid (arXiv:2203.15556, section 3.2).",
-        "Approach 3: one parametric law through all runs, Huber loss on log residuals, many starts (arXiv:2203.15556, section 3.3; arXiv:2404.10102).",
-        f"Intervals are {level} percentile intervals of a bootstrap over runs" + (f" (resamples, {'; '.join(draws)})." if draws else "."),
+        "Approach 2: a parabola of loss in log N (and one in log D) per budget; power laws through the minima "
+        "inside the grid (arXiv:2203.15556, section 3.2).",
+        "Approach 3: one parametric law through all runs, Huber loss on log residuals, many starts (arXiv:"
+        "2203.15556, section 3.3; arXiv:2404.10102).",
+        f"Intervals are {level} percentile intervals of a bootstrap over runs"
+        + (f" (resamples, {'; '.join(draws)})." if draws else "."),
     ]
     blocks: list[Block] = [Bullets(tuple(facts))]
     spent = study.runs["seconds"].dropna()
@@ -256,11 +362,25 @@ def _method(study: Study) -> Section:
     prints = [str(p) for p in study.runs["fingerprint"].dropna().unique()]
     environment = [("data fingerprint", p[:16]) for p in prints]
     for env in study.env:
-        environment += [(key, _short(value)) for key, value in flatten(env).items() if value not in (None, "", "[]", {})]
+        environment += [
+            (key, _short(key, value)) for key, value in flatten(env).items() if value not in (None, "", "[]")
+        ]
     if len(study.env) > 1:
         blocks.append(Words(f"The runs were made in {len(study.env)} different environments; all are listed."))
-    blocks.append(Grid(("environment", ""), tuple(environment), text=2) if environment else Words("Missing: no run has an env.json, so versions and devices are not known."))
+    blocks.append(
+        Grid(("environment", ""), tuple(environment), text=2)
+        if environment
+        else Words("Missing: no run has an env.json, so versions and devices are not known.")
+    )
     return Section("method", "How the numbers were made", tuple(blocks))
+
+
+def _budget(label: Any) -> str:
+    return power(label) if number(label) > 0 else label if isinstance(label, str) else MISSING
+
+
+def _missing(key: str, title: str, what: str) -> Section:
+    return Section(key, title, (Words(f"Missing: {what}"),))
 
 
 def _ratio(valley: Mapping[str, Any]) -> float:
@@ -269,9 +389,15 @@ def _ratio(valley: Mapping[str, Any]) -> float:
 
 
 def _pair(bounds: Any) -> str:
-    return f"[{decimals(bounds[0], significant=4)}, {decimals(bounds[1], significant=4)}]" if isinstance(bounds, (list, tuple)) else MISSING
+    return (
+        f"[{decimals(bounds[0], significant=4)},\u00a0{decimals(bounds[1], significant=4)}]"
+        if isinstance(bounds, (list, tuple))
+        else MISSING
+    )
 
 
-def _short(value: Any) -> str:
+def _short(key: str, value: Any) -> str:
     text = str(value)
+    if key == "git.diff":
+        return f"{len(text)} characters of uncommitted changes, kept in env.json"
     return text if len(text) <= 160 else f"{text[:150]}… ({len(text)} characters)"

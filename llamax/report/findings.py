@@ -19,7 +19,8 @@ def question(study: Study) -> str:
     """What was asked, in one sentence."""
     target = number(study.prediction.get("flops"))
     if target > 0:
-        return f"Given {power(target)} training FLOPs, how large a model, trained on how many tokens, and what will its loss be?"
+        given = f"Given {power(target)} training FLOPs"
+        return f"{given}, how large a model, trained on how many tokens, and what will its loss be?"
     return "How should training compute be split between model size and tokens, and what loss does it buy?"
 
 
@@ -27,18 +28,24 @@ def answer(study: Study) -> list[str]:
     """What was found: one sentence a finding, least surprising first; says what is missing instead of guessing."""
     claim, words = study.prediction, []
     done, planned = int(study.runs["status"].eq("done").sum()), len(study.plan.get("cells") or ())
-    runs = f"{plural(done, 'run')} finished" + (f" of {max(planned, len(study.runs))}" if max(planned, len(study.runs)) > done else "")
+    runs = f"{plural(done, 'run')} finished" + (
+        f" of {max(planned, len(study.runs))}" if max(planned, len(study.runs)) > done else ""
+    )
     if study.valleys:
         inside = sum(bool(v.get("interior")) for v in study.valleys)
-        words.append(f"{runs}; {inside} of {plural(len(study.valleys), 'compute budget')} have their loss minimum inside the grid of sizes.")
+        words.append(
+            f"{runs}; {inside} of {plural(len(study.valleys), 'compute budget')} have their loss minimum inside the grid "
+            "of sizes."
+        )
     else:
         words.append(f"{runs}; no fit of approach 2 has been stored yet.")
     words += _exponents(study)
     advice = claim.get("recommendation")
     if isinstance(advice, Mapping) and number(advice.get("n")) > 0:
+        ratio = advice.get("tokens_per_param", number(advice.get("d")) / advice["n"])
         words.append(
-            f"At {power(claim.get('flops'))} FLOPs the fit recommends {count(advice['n'])} parameters on {count(advice.get('d'))} tokens "
-            f"({decimals(advice.get('tokens_per_param', number(advice.get('d')) / advice['n']), significant=3)} tokens per parameter)."
+            f"At {power(claim.get('flops'))} FLOPs the fit recommends {count(advice['n'])} parameters on "
+            f"{count(advice.get('d'))} tokens ({decimals(ratio, significant=3)} tokens per parameter)."
         )
     if not number(claim.get("loss")) > 0:
         return [*words, "No prediction has been written down yet."]
@@ -62,7 +69,11 @@ def verdict(study: Study) -> str:
     inside = within(claim)
     if inside is None:
         return words + "which came without an interval."
-    return words + (f"inside the {_level(claim)} interval." if inside else f"outside the {_level(claim)} interval {interval(bounds)}.")
+    return words + (
+        f"inside the {_level(claim)} interval."
+        if inside
+        else f"outside the {_level(claim)} interval {interval(bounds)}."
+    )
 
 
 def within(claim: Mapping[str, Any]) -> bool | None:
@@ -98,10 +109,15 @@ def _about_valleys(study: Study) -> list[str]:
         return []
     words, off = [], [power(v["budget"]) for v in study.valleys if not v.get("interior")]
     if off:
-        words.append(f"The minimum is off the grid at {plural(len(off), 'budget')} (C = {', '.join(off)}): widen the sizes there.")
+        words.append(
+            f"The minimum is off the grid at {plural(len(off), 'budget')} (C = {', '.join(off)}): "
+            "widen the sizes there."
+        )
     inside = len(study.valleys) - len(off)
     if inside < 3:
-        words.append(f"Only {plural(inside, 'budget')} with an interior minimum: fewer than three cannot check a power law.")
+        words.append(
+            f"Only {plural(inside, 'budget')} with an interior minimum: fewer than three cannot check a power law."
+        )
     return words
 
 
@@ -115,7 +131,9 @@ def _about_runs(study: Study) -> list[str]:
     ):
         which = runs[runs["status"].eq(status)]
         if len(which):
-            causes = [f"{row['run']} ({row['cause']})" if row["cause"] else row["run"] for row in which.to_dict("records")]
+            causes = [
+                f"{row['run']} ({row['cause']})" if row["cause"] else row["run"] for row in which.to_dict("records")
+            ]
             words.append(f"{plural(len(which), 'run')} {status}, {tail}: {_names(causes)}.")
     planned, found = study.plan.get("cells"), len(runs)
     if isinstance(planned, list) and len(planned) > found:
@@ -123,10 +141,16 @@ def _about_runs(study: Study) -> list[str]:
     repeated = runs[runs["epochs"] > 1]
     if len(repeated):
         most = repeated["epochs"].max()
-        words.append(f"{plural(len(repeated), 'run')} repeated data (up to {most:.2g} epochs): repeated tokens are worth less than new ones.")
+        words.append(
+            f"{plural(len(repeated), 'run')} repeated data (up to {most:.2g} epochs): "
+            "repeated tokens are worth less than new ones."
+        )
     prints = runs["fingerprint"].dropna().unique()
     if len(prints) > 1:
-        words.append(f"The runs were trained on {len(prints)} different data sets (fingerprints differ): their losses are not comparable.")
+        words.append(
+            f"The runs were trained on {len(prints)} different data sets (fingerprints differ): "
+            "their losses are not comparable."
+        )
     for row in runs[runs["warnings"].notna()].to_dict("records"):
         words.append(f"{row['run']}: {row['warnings']}.")
     return words

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import Any
 
 from llamax.report.content import Block, Bullets, Figures, Grid, Section, Tiles, Words, sections
 from llamax.report.markdown import to_markdown
-from llamax.report.style import DARK, DARK_SEQUENCE, FONT, LIGHT, LIGHT_SEQUENCE, theme_variables
 from llamax.report.study import load_study
+from llamax.report.style import DARK, DARK_SEQUENCE, FONT, LIGHT, LIGHT_SEQUENCE, theme_variables
 
 
 def write_report(
@@ -21,8 +22,8 @@ def write_report(
 ) -> Path:
     """Write report.html and report.md into `study_dir` (a study, a folder of runs or one run); returns the HTML's path.
 
-    fits: `{"approach2": ..., "approach3": ..., "cost": ...}` as ScalingFit.as_dict(); prediction: Prediction.as_dict() joined
-    with Score.as_dict(); timings: seconds by stage. What is not given is read from fits.json, prediction.json and
+    fits: `{"approach2": ..., "approach3": ..., "cost": ...}` as ScalingFit.as_dict(); prediction: Prediction.as_dict()
+    joined with Score.as_dict(); timings: seconds by stage. What is not given is read from fits.json, prediction.json and
     timings.json in `study_dir`; what is not there is reported as missing. Nothing is recomputed.
 
     Raises:
@@ -40,45 +41,56 @@ def to_html(name: str, parts: tuple[Section, ...]) -> str:
     title = f"Scaling study: {escape(name)}"
     links = "".join(f'<a href="#{part.key}">{escape(part.title.partition(":")[0])}</a>' for part in parts)
     body = "\n".join(
-        f'<section id="{part.key}"><h2>{escape(part.title)}</h2>{"".join(_block(block) for block in part.blocks)}</section>' for part in parts
+        f'<section id="{part.key}"><h2>{_text(part.title)}</h2>{"".join(map(_block, part.blocks))}</section>'
+        for part in parts
     )
     return _PAGE.format(title=title, css=_css(), links=links, body=body)
 
 
 def _block(block: Block) -> str:
     if isinstance(block, Words):
-        return f"<p>{escape(block.text)}</p>"
+        return f"<p{' class=small' if block.small else ''}>{_text(block.text)}</p>"
     if isinstance(block, Bullets):
-        items = "".join(f"<li>{escape(item)}</li>" for item in block.items)
-        return f'<ul{" class=alarm" if block.alarm else ""}>{items}</ul>'
+        items = "".join(f"<li>{_text(item)}</li>" for item in block.items)
+        return f"<ul{' class=alarm' if block.alarm else ''}>{items}</ul>"
     if isinstance(block, Tiles):
         tiles = "".join(
-            f'<div class="tile {t.mood}"><div class="label">{escape(t.label)}</div><div class="value">{escape(t.value)}</div>'
-            f'<div class="note">{escape(t.note)}</div></div>'
+            f'<div class="tile {t.mood}"><div class="label">{escape(t.label)}</div>'
+            f'<div class="value">{escape(t.value)}</div><div class="note">{escape(t.note)}</div></div>'
             for t in block.tiles
         )
         return f'<div class="tiles">{tiles}</div>'
     if isinstance(block, Figures):
         kind = "figures one" if len(block.pictures) == 1 else "figures"
-        figures = "".join(f"<figure>{p.inline()}<figcaption>{escape(p.caption)}</figcaption></figure>" for p in block.pictures)
+        figures = "".join(
+            f"<figure>{p.inline()}<figcaption>{_text(p.caption)}</figcaption></figure>" for p in block.pictures
+        )
         return f'<div class="{kind}">{figures}</div>'
     return _table(block)
 
 
 def _table(grid: Grid) -> str:
     def cells(tag: str, values: tuple[str, ...]) -> str:
-        return "".join(f'<{tag}{"" if i < grid.text else " class=n"}>{escape(v)}</{tag}>' for i, v in enumerate(values))
+        return "".join(f"<{tag}{'' if i < grid.text else ' class=n'}>{_text(v)}</{tag}>" for i, v in enumerate(values))
 
     head = f"<thead><tr>{cells('th', grid.columns)}</tr></thead>" if any(grid.columns) else ""
     rows = "".join(f"<tr>{cells('td', row)}</tr>" for row in grid.rows)
     return f'<div class="table" tabindex="0"><table>{head}<tbody>{rows}</tbody></table></div>'
 
 
+def _text(text: str) -> str:
+    """Escaped, with C^0.51 and N^α as raised exponents and units kept with their numbers."""
+    raised = re.sub(r"\^(-?[\d.]*\d|[αβ])", r"<sup>\1</sup>", escape(text))
+    return re.sub(r"(?<=\d) (?=%|FLOPs|s\b|min\b|nats)", "\u00a0", raised)
+
+
 def _css() -> str:
     def variables(roles: dict[str, str], sequence: list[str], more: str) -> str:
         return "".join(f"--{k}:{v};" for k, v in theme_variables(roles, sequence).items()) + more
 
-    light = variables(LIGHT, LIGHT_SEQUENCE, "--page:#f6f7f9;--good:#15803d;--bad:#b91c1c;--alarm:#fff7ed;--rule:#d5d9df")
+    light = variables(
+        LIGHT, LIGHT_SEQUENCE, "--page:#f6f7f9;--good:#15803d;--bad:#b91c1c;--alarm:#fff7ed;--rule:#d5d9df"
+    )
     dark = variables(DARK, DARK_SEQUENCE, "--page:#0d0f12;--good:#4ade80;--bad:#f87171;--alarm:#2a1c10;--rule:#31363e")
     return (
         f":root{{color-scheme:light dark;{light}}}\n@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
@@ -115,10 +127,12 @@ _PAGE = """<!DOCTYPE html>
 _CSS = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:15px/1.55 FONT}
-main{max-width:1080px;margin:0 auto;padding:28px 20px 60px}
+main{max-width:1120px;margin:0 auto;padding:28px 20px 60px}
 h1{font-size:27px;line-height:1.2;margin:0 0 10px;letter-spacing:-.01em}
 h2{font-size:18px;margin:0 0 10px}
-p,li{max-width:78ch}
+p,li{max-width:100ch}
+sup{font-size:.75em;line-height:0}
+.small{font-size:13px;color:var(--muted)}
 p{margin:0 0 10px}
 ul{margin:0 0 4px;padding-left:20px}
 li{margin:3px 0}
@@ -134,18 +148,23 @@ section{background:var(--surface);border:1px solid var(--rule);border-radius:8px
 .tile.good .value,.tile.good .note{color:var(--good)}
 .tile.bad .value,.tile.bad .note{color:var(--bad)}
 ul.alarm{list-style:none;padding:0}
-ul.alarm li{background:var(--alarm);border-left:3px solid var(--accent);padding:6px 12px;margin:6px 0;max-width:none;overflow-wrap:anywhere}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:8px 28px;margin-bottom:12px}
+ul.alarm li{background:var(--alarm);border-left:3px solid var(--accent);padding:6px 12px;margin:6px 0;
+max-width:none;overflow-wrap:anywhere}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));
+gap:8px 28px;margin-bottom:12px}
 .figures.one{grid-template-columns:1fr}
 figure{margin:0;min-width:0;overflow-x:auto}
 figure svg{display:block;width:100%;height:auto;min-width:340px}
-.figures.one svg{max-width:940px;min-width:600px;margin:0 auto}
+.figures.one svg{max-width:880px;min-width:480px;margin:0 auto}
 figcaption{font-size:13px;line-height:1.45;color:var(--muted);margin-top:4px;max-width:84ch}
 .table{overflow-x:auto;margin:6px 0 10px}
 table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums}
 th{font-weight:600;text-align:left;border-bottom:1px solid var(--rule);vertical-align:bottom}
 td,th{padding:4px 14px 4px 0;vertical-align:top}
 tbody tr+tr td{border-top:1px solid var(--grid)}
+#runs table{font-size:12.5px}
+#runs td,#runs th{padding-right:11px}
+td:first-child{white-space:nowrap}
 .n{text-align:right;white-space:nowrap}
 th.n{white-space:normal}
 #prediction td+td,#method td+td,#plan td+td{overflow-wrap:anywhere}

@@ -22,20 +22,33 @@ SIZES = ("n", "params_total", "params_active", "steps", "tokens", "unique_tokens
 LOSSES = ("train_loss", "eval_loss", "eval_bits_per_byte", "eval_tokens", "last_loss")
 COSTS = ("flops_6n", "flops_chinchilla", "flops_palm", "flops_causal", "seconds", "tokens_per_second")
 FIELDS = (
-    *("model.d_model", "model.layers", "model.vocab_size", "model.attention.heads", "model.mlp.kind", "model.position.kind"),
+    *(
+        "model.d_model",
+        "model.layers",
+        "model.vocab_size",
+        "model.attention.heads",
+        "model.mlp.kind",
+        "model.position.kind",
+    ),
     *("optimizer.kind", "optimizer.lr", "optimizer.weight_decay", "schedule.kind"),
     *("train.batch_size", "train.seq_len", "train.seed", "data.corpus", "data.store", "data.tokenizer.kind"),
 )
-VARYING = ("model.", "data.", "optimizer.", "schedule.", "train.")  # sections whose other fields are columns when runs differ
+VARYING = (
+    "model.",
+    "data.",
+    "optimizer.",
+    "schedule.",
+    "train.",
+)  # sections whose other fields are columns when runs differ
 HEARTBEAT_SECONDS = 180.0
 
 
 def ledger(path: str | Path) -> pd.DataFrame:
     """One row a run directory under `path` (a run, a study, a folder of studies), finished or not.
 
-    Columns: `run` (path relative to `path`), `study`, `name`, `hash`, `status` ("done", "diverged", "failed", "running",
-    "unfinished"), `cause`; the study's tags (`budget`, `size`, `seed`, ...; `tag.<x>` where the name is taken); the numbers
-    of result.json (losses in nats per token, `n` the parameters that plans and fits use); `last_loss`, the last logged
+    Columns: `run` (path relative to `path`), `study`, `name`, `hash`, `status` ("done", "diverged", "failed",
+    "running", "unfinished"), `cause`; the study's tags (`budget`, `size`, `seed`, ...; `tag.<x>` where the name is
+    taken); the numbers of result.json (losses in nats per token, `n` the parameters that plans and fits use); `last_loss`, the last logged
     training loss; config fields by dotted name, the usual ones and every one in which the runs differ; `fingerprint`;
     `warnings` (text, None when all was readable). An unfinished run has no train_loss or eval_loss.
 
@@ -64,10 +77,10 @@ def ledger(path: str | Path) -> pd.DataFrame:
 
 
 def curves(path: str | Path, *, evals: bool = False) -> pd.DataFrame:
-    """Every logged row of every run under `path` in long form: `run`, `step`, `tokens`, `loss`, `seconds`, `flops_*`, ...
+    """Every logged row of every run under `path` in long form: `run`, `step`, `tokens`, `loss`, `seconds`, `flops_*`...
 
-    evals: read evals.jsonl (held-out loss) instead of metrics.jsonl (training loss). Losses in nats per token. Values that
-    are not numbers are nan. Unreadable lines are left out; `frame.attrs["warnings"]` says how many, by run.
+    evals: read evals.jsonl (held-out loss) instead of metrics.jsonl (training loss). Losses in nats per token. Values
+    that are not numbers are nan. Unreadable lines are left out; `frame.attrs["warnings"]` says how many, by run.
 
     Raises:
         UserError: `path` is not a folder.
@@ -107,7 +120,9 @@ def save_ledger(frame: pd.DataFrame, file: str | Path) -> Path:
         else:
             frame.to_parquet(part, index=False)
     except ImportError:
-        raise UserError(f"{file}: writing Parquet needs pyarrow; pip install 'llamax[parquet]', or give a .csv name") from None
+        raise UserError(
+            f"{file}: writing Parquet needs pyarrow; pip install 'llamax[parquet]', or give a .csv name"
+        ) from None
     part.replace(file)
     return file
 
@@ -160,7 +175,7 @@ def _record(root: Path, run: Path) -> dict[str, Any]:
         row["n"], w4 = _planned_size(cell, config)
     else:
         w4 = None
-    row["fingerprint"] = _text(result.get("fingerprint"))
+    row["fingerprint"] = _text(result.get("fingerprint") or read_object(run / "env.json")[0].get("fingerprint"))
     missing = None if (config or w1) else "config.yaml: missing"
     row["warnings"] = "; ".join(w for w in (w1, w2, w3, w4, missing) if w) or None
     tags = cell.get("tags")
@@ -183,10 +198,12 @@ def _status(run: Path, study: Path | None, result: Mapping[str, Any], *, damaged
 
 
 def _active(run: Path, study: Path | None) -> bool:
-    """Whether a worker's lease or the run's own log was touched in the last minutes: a process that died is not running."""
-    names = (run.name, run.name.rpartition("-")[0])
-    files = [(study or run.parent) / "leases" / f"{name}.json" for name in names] + [run / "metrics.jsonl"]
-    return any(file.is_file() and time.time() - file.stat().st_mtime < HEARTBEAT_SECONDS for file in files)
+    """Whether there was a sign of life in the last minutes: the heartbeat of a lease not released, or a logged row."""
+    leases = (study or run.parent) / "leases"
+    cell = run.name.rpartition("-")[0]
+    files = [*leases.glob(f"{cell}.json"), *leases.glob(f"{cell}~*.json"), run / "metrics.jsonl"]
+    recent = [file for file in files if file.is_file() and time.time() - file.stat().st_mtime < HEARTBEAT_SECONDS]
+    return any(file.suffix == ".jsonl" or not read_object(file)[0].get("released") for file in recent)
 
 
 def _planned_size(cell: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[float, str | None]:
@@ -240,7 +257,9 @@ def _numbers_if_all(column: pd.Series) -> pd.Series:
     known = [v for v in column if v is not None]
     if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in known):
         return column
-    return column.astype(float) if known else column
+    if not known:
+        return column
+    return column.astype(int if len(known) == len(column) and all(isinstance(v, int) for v in known) else float)
 
 
 def _relative(root: Path, path: Path) -> str:

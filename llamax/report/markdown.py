@@ -1,4 +1,4 @@
-"""report.md: the report in words and tables, for a terminal, a pull request or a mail. The figures are in report.html."""
+"""report.md: the report in words and tables, for a terminal or a pull request. The figures are in report.html."""
 
 from __future__ import annotations
 

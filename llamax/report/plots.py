@@ -1,14 +1,27 @@
-"""The figures of a study's runs: isoFLOP valleys, the allocation power laws, loss curves. None where data is missing."""
+"""The figures of a study's runs: isoFLOP valleys, the allocation power laws, loss curves. None if data is missing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llamax.report.read import number
-from llamax.report.style import ACCENT, INK, MUTED, SURFACE, Picture, finish, hover, label_ends, log_axis, panel, sequence
+from llamax.report.style import (
+    ACCENT,
+    INK,
+    MUTED,
+    SURFACE,
+    Picture,
+    finish,
+    hover,
+    key,
+    label_ends,
+    log_axis,
+    panel,
+    sequence,
+)
 from llamax.report.words import count, decimals, power
 
 if TYPE_CHECKING:
@@ -18,6 +31,7 @@ if TYPE_CHECKING:
     from llamax.report.study import Study
 
 CURVE_POINTS = 240  # points drawn a run: more cannot be seen
+KEY_ENTRIES = 12  # sizes named in the key
 SMOOTHING = 0.04  # share of a run's rows in the running mean
 
 
@@ -30,7 +44,7 @@ def valleys(study: Study) -> Picture | None:
     """Held-out loss against N, one valley a budget, with the fitted parabolas and their vertices."""
     if not study.budgets:
         return None
-    figure, axes = panel(9.6, 5.4)
+    figure, axes = panel(8.6, 4.9)
     axes.set_xscale("log")
     labels = []
     for budget, colour in zip(study.budgets, sequence(len(study.budgets)), strict=True):
@@ -39,7 +53,9 @@ def valleys(study: Study) -> Picture | None:
         x, y = rows["n"].to_numpy(float), rows["eval_loss"].to_numpy(float)
         for row in rows.to_dict("records"):
             tip = f"{row['run']}: N {count(row['n'])}, D {count(row['tokens'])}, loss {decimals(row['eval_loss'], 4)}"
-            axes.plot(row["n"], row["eval_loss"], "o", ms=6, color=colour, mec=SURFACE, mew=0.8, gid=hover(tip), zorder=3)
+            axes.plot(
+                row["n"], row["eval_loss"], "o", ms=6, color=colour, mec=SURFACE, mew=0.8, gid=hover(tip), zorder=3
+            )
         end = (x[-1], y[-1])
         if fit is not None and _parabola(fit, np.array([1.0])) is not None:
             grid = np.geomspace(x.min(), x.max(), 120)
@@ -48,11 +64,10 @@ def valleys(study: Study) -> Picture | None:
             _mark_vertex(axes, fit, colour)
         else:
             axes.plot(x, y, color=colour, lw=0.8, alpha=0.6)
-        labels.append((*end, f"C = {power(budget)}", colour))
+        labels.append((*end, f"C = {power(budget)}"))
     log_axis(axes, "x", count)
     axes.set_xlabel("model size N, parameters")
     axes.set_ylabel("held-out loss, nats per token")
-    _room_right(axes, 0.14)
     label_ends(axes, labels)
     return finish(
         figure,
@@ -100,15 +115,26 @@ def optimum(study: Study, axis: str) -> Picture | None:
         axes.fill_between(study.approach2["bands"]["flops"], band["low"], band["high"], color=INK, alpha=0.13, lw=0)
     if np.isfinite([coefficient, exponent]).all():
         axes.plot(reach, coefficient * reach**exponent, color=INK, lw=1.4)
-        labels.append((reach[1], coefficient * reach[1] ** exponent, f"∝ C^{exponent:.3f}", INK))
+        labels.append((reach[1], coefficient * reach[1] ** exponent, f"approach 2: C^{exponent:.3f}"))
     if study.law is not None:
         values = study.law_optimum(reach)[0 if axis == "n" else 1]
         axes.plot(reach, values, color=MUTED, lw=1.2, ls=(0, (4, 3)))
-        labels.append((reach[1], values[1], "approach 3", MUTED))
+        slope = float(np.log(values[1] / values[0]) / np.log(reach[1] / reach[0]))
+        labels.append((reach[1], values[1], f"approach 3: C^{slope:.3f}"))
     for v, colour in zip(study.valleys, sequence(len(study.valleys)), strict=True):
         if v in used:
             tip = f"C = {power(v['budget'])}: {what} = {count(v[vertex])}"
-            axes.plot(number(v.get("flops", v["budget"])), v[vertex], "o", ms=7, color=colour, mec=SURFACE, mew=0.8, gid=hover(tip), zorder=3)
+            axes.plot(
+                number(v.get("flops", v["budget"])),
+                v[vertex],
+                "o",
+                ms=7,
+                color=colour,
+                mec=SURFACE,
+                mew=0.8,
+                gid=hover(tip),
+                zorder=3,
+            )
     advice = study.prediction.get("recommendation") or {}
     if target > 0 and number(advice.get(axis)) > 0:
         bounds = advice.get(f"{axis}_interval")
@@ -120,15 +146,15 @@ def optimum(study: Study, axis: str) -> Picture | None:
         log_axis(axes, side, power if side == "x" else count)
     axes.set_xlabel("compute C, training FLOPs (6ND)")
     axes.set_ylabel(f"optimal {what}, {unit}")
-    _room_right(axes, 0.2)
+    axes.set_xlim(reach[0], reach[1])
     label_ends(axes, labels)
     shade = "; the shaded band is the bootstrap's" if isinstance(band, Mapping) else ""
     return finish(
         figure,
         f"optimal-{axis}",
         f"Optimal {unit} against compute, with the fitted power law.",
-        f"Optimal {what} at each budget (points), approach 2's power law (solid){shade}, approach 3's optimum (dashed), "
-        "and the recommendation at the target compute with its interval (diamond).",
+        f"Optimal {what} at each budget (points), approach 2's power law (solid){shade}, approach 3's optimum "
+        "(dashed), and the recommendation at the target compute with its interval (diamond).",
     )
 
 
@@ -138,46 +164,43 @@ def loss_curves(study: Study, against: str) -> Picture | None:
         return None
     sizes = study.runs.set_index("run")["n"]
     groups = {run: rows for run, rows in study.curves.groupby("run") if number(sizes.get(run)) > 0}
-    order = sorted({_size_key(sizes[run]) for run in groups})
-    if not order:
+    drawn = {run: smooth(rows, against) for run, rows in groups.items()}
+    drawn = {run: xy for run, xy in drawn.items() if len(xy[0])}
+    if not drawn:
         return None
+    held = None if study.held_out is None else study.held_out["run"]
+    order = distinct_sizes(sizes[run] for run in drawn if run != held or len(drawn) == 1)
     figure, axes = panel(5.6, 4.6)
     axes.set(xscale="log", yscale="log")
     palette = dict(zip(order, _stretched(order), strict=True))
-    held = None if study.held_out is None else study.held_out["run"]
-    ends: dict[float, tuple[float, float]] = {}
-    lows = []
-    for run in sorted(groups, key=lambda r: sizes[r]):
-        x, y = smooth(groups[run], against)
-        if not len(x):
-            continue
-        key = _size_key(sizes[run])
-        style = {"color": ACCENT, "lw": 1.8, "zorder": 4} if run == held else {"color": palette[key], "lw": 1.1, "alpha": 0.9}
-        axes.plot(x, y, gid=hover(f"{run}: N {count(sizes[run])}"), **style)
-        lows.append(float(np.quantile(y, 0.75)))
-        if key not in ends or x[-1] > ends[key][0]:
-            ends[key] = (float(x[-1]), float(y[-1]))
-    if not lows:
-        return None
+    for run in sorted(drawn, key=lambda r: sizes[r]):
+        style: dict[str, Any] = (
+            {"color": ACCENT, "lw": 1.8, "zorder": 4}
+            if run == held
+            else {"color": palette[_nearest(order, sizes[run])], "lw": 1.1}
+        )
+        axes.plot(*drawn[run], gid=hover(f"{run}: N {count(sizes[run])}"), **style)
+    _crop_start(axes, list(drawn.values()))
     frontier = _frontier(axes, study) if against == "flops_6n" else None
-    bottom = min(line.get_ydata().min() for line in axes.lines)
-    axes.set_ylim(bottom * 0.97, 1.15 * max(lows))  # the first steps fall from ln(vocabulary); they would flatten the rest
     log_axis(axes, "x", power if against == "flops_6n" else count)
-    log_axis(axes, "y", lambda v: f"{v:g}", subs=(1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8))
+    log_axis(axes, "y", lambda v: f"{v:g}", subs=(1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8))
     axes.set_xlabel("training FLOPs so far (6ND)" if against == "flops_6n" else "tokens so far")
     axes.set_ylabel("training loss, nats per token")
-    _room_right(axes, 0.2)
-    chosen = order if len(order) <= 8 else [order[round(i * (len(order) - 1) / 7)] for i in range(8)]
-    labels = [(*ends[key], count(key), ACCENT if held is not None and _size_key(sizes[held]) == key else palette[key]) for key in chosen]
-    label_ends(axes, labels, gap_points=11)
+    chosen = (
+        order
+        if len(order) <= KEY_ENTRIES
+        else [order[round(i * (len(order) - 1) / (KEY_ENTRIES - 1))] for i in range(KEY_ENTRIES)]
+    )
+    entries = [(count(size), palette[size]) for size in chosen]
+    key(axes, "size N", [*entries, *([("predicted", ACCENT)] if held in drawn else [])])
     words = "The dashed line is the fitted frontier of held-out loss. " if frontier else ""
-    mark = "The orange curve is the run predicted beforehand. " if held is not None and held in groups else ""
+    mark = "The heavy curve is the run predicted beforehand. " if held in drawn else ""
     return finish(
         figure,
         f"curves-{'flops' if against == 'flops_6n' else against}",
-        f"Training loss of {len(groups)} runs against {'training FLOPs' if against == 'flops_6n' else 'tokens'}, coloured by model size.",
-        f"Training loss, a running mean over {100 * SMOOTHING:.0f} % of each run, coloured by N (labels at each size's longest "
-        f"run); the fast first fall is cut off. {mark}{words}",
+        f"Training loss of {len(drawn)} runs against {'FLOPs' if against == 'flops_6n' else 'tokens'}, coloured by size.",
+        f"Training loss, a running mean over {100 * SMOOTHING:.0f} % of each run, coloured by N; "
+        f"the fast first fall is cut off. {mark}{words}",
     )
 
 
@@ -202,14 +225,23 @@ def _frontier(axes: Axes, study: Study) -> bool:
     fit = [number(part.get(k)) for k in ("E", "K", "gamma")] if isinstance(part, Mapping) else [np.nan]
     if not np.isfinite(fit).all() or not study.budgets:
         return False
-    grid = np.geomspace(study.budgets[0] / 2, max(study.budgets[-1], number(study.prediction.get("flops")) or 0) * 1.3, 60)
+    low, high = axes.get_xlim()
+    grid = np.geomspace(max(low, study.budgets[0] / 2), high, 60)
     axes.plot(grid, fit[0] + fit[1] * grid ** -fit[2], color=INK, lw=1.3, ls=(0, (4, 3)), zorder=5)
     return True
 
 
-def _size_key(n: float) -> float:
-    """Sizes within 3 % are one size: the same model counted with another vocabulary or a rounding apart."""
-    return float(np.exp(round(np.log(n) / 0.03) * 0.03))
+def distinct_sizes(sizes: Iterable[float]) -> list[float]:
+    """Sizes in order, those within 3 % of the one before left out: one model, counted a rounding apart."""
+    kept: list[float] = []
+    for size in sorted(sizes):
+        if not kept or size > 1.03 * kept[-1]:
+            kept.append(float(size))
+    return kept
+
+
+def _nearest(order: list[float], size: float) -> float:
+    return min(order, key=lambda known: abs(np.log(known / size)))
 
 
 def _stretched(order: list[float]) -> list[str]:
@@ -220,10 +252,9 @@ def _stretched(order: list[float]) -> list[str]:
     return [steps[round(float(s) * (len(steps) - 1))] for s in share]
 
 
-def _room_right(axes: Axes, share: float) -> None:
-    """Widen the x axis to the right by `share` of its length, for labels at the ends of lines."""
-    low, high = axes.get_xlim()
-    if axes.get_xscale() == "log":
-        axes.set_xlim(low, high * (high / low) ** share)
-    else:
-        axes.set_xlim(low, high + share * (high - low))
+def _crop_start(axes: Axes, drawn: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Leave out the first tenth of each run where it alone would stretch the axes: the fall from ln(vocabulary)."""
+    after = [(x[x >= x[-1] / 10], y[x >= x[-1] / 10]) for x, y in drawn]
+    low, high = min(float(y.min()) for _, y in after), max(float(y.max()) for _, y in after)
+    axes.set_ylim(low / 1.03, high * 1.03)
+    axes.set_xlim(min(float(x[0]) for x, _ in after) / 1.2, 1.25 * max(float(x[-1]) for x, _ in after))

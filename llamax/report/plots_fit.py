@@ -1,4 +1,4 @@
-"""The figures of the fit and of its claim: measured against fitted, residuals, extrapolation, the predicted interval."""
+"""The figures of the fit and of its claim: measured against fitted, residuals, extrapolation, the interval."""
 
 from __future__ import annotations
 
@@ -8,10 +8,25 @@ import numpy as np
 
 from llamax.report.plots import same_budget
 from llamax.report.read import number
-from llamax.report.style import ACCENT, GRID, INK, MUTED, SURFACE, Picture, finish, hover, label_ends, log_axis, panel, sequence
+from llamax.report.style import (
+    ACCENT,
+    INK,
+    MUTED,
+    SURFACE,
+    Picture,
+    finish,
+    hover,
+    key,
+    label_ends,
+    log_axis,
+    panel,
+    sequence,
+)
 from llamax.report.words import count, decimals, power
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from llamax.report.study import Study
 
 
@@ -21,21 +36,23 @@ def measured_against_fitted(study: Study) -> Picture | None:
         return None
     figure, axes = panel(5.6, 4.6)
     fitted, measured = _both(study)
-    ends = np.array([min(fitted.min(), measured.min()), max(fitted.max(), measured.max())]) * [0.985, 1.015]
-    axes.plot(ends, ends, color=MUTED, lw=1)
     _points(axes, study, fitted, measured, "measured {1:.4f}, fitted {0:.4f}")
     held = study.held_out
     if held is not None and held["eval_loss"] > 0:
-        axes.plot(study.law_loss(held["n"], held["tokens"]), held["eval_loss"], "D", ms=7, color=ACCENT, mec=SURFACE, mew=0.8)
-    axes.set_aspect("equal", adjustable="datalim")
+        axes.plot(
+            study.law_loss(held["n"], held["tokens"]), held["eval_loss"], "D", ms=7, color=ACCENT, mec=SURFACE, mew=0.8
+        )
+    ends = (min(axes.get_xlim()[0], axes.get_ylim()[0]), max(axes.get_xlim()[1], axes.get_ylim()[1]))
+    axes.plot(ends, ends, color=MUTED, lw=1, zorder=1)
+    axes.set(xlim=ends, ylim=ends)
     axes.set_xlabel("loss of the fitted law, nats per token")
     axes.set_ylabel("measured held-out loss, nats per token")
     return finish(
         figure,
         "fit",
         f"Measured against fitted loss of {len(fitted)} runs.",
-        "Approach 3, L = E + A/N^α + B/D^β: measured against fitted loss. On the line they are equal. Orange: the run that "
-        "was predicted and not fitted.",
+        "Approach 3, L = E + A/N^α + B/D^β: measured against fitted loss. On the line they are equal. The diamond is "
+        "the run that was predicted and not fitted.",
     )
 
 
@@ -55,21 +72,18 @@ def residuals(study: Study) -> Picture | None:
     log_axis(axes, "x", count)
     axes.set_xlabel("model size N, parameters")
     axes.set_ylabel("measured / fitted - 1, percent")
-    labels = []
-    for budget, colour in zip(study.budgets, sequence(len(study.budgets)), strict=True):
-        rows = study.cells["budget"].map(number).to_numpy() == budget
-        last = int(np.argmax(np.where(rows, study.cells["n"].to_numpy(float), -1)))
-        labels.append((study.cells["n"].iloc[last], off[last], power(budget), colour))
-    low, high = axes.get_xlim()
-    axes.set_xlim(low, high * (high / low) ** 0.18)
-    label_ends(axes, labels)
+    key(
+        axes,
+        "budget C",
+        [(power(b), colour) for b, colour in zip(study.budgets, sequence(len(study.budgets)), strict=True)],
+    )
     band = f" The band is their root mean square, {decimals(scatter, significant=2)} %." if scatter > 0 else ""
     return finish(
         figure,
         "residuals",
         "Residuals of the parametric fit against model size, in percent of the loss.",
-        f"Residuals in percent of the loss, coloured by budget C.{band} A pattern, such as all large sizes on one side, "
-        "would mean that the law has the wrong shape.",
+        f"Residuals in percent of the loss, coloured by budget C.{band} A pattern, such as all large sizes on one "
+        "side, would mean that the law has the wrong shape.",
     )
 
 
@@ -88,49 +102,96 @@ def extrapolation(study: Study) -> Picture | None:
     for v, colour in zip(study.valleys, sequence(len(study.valleys)), strict=True):
         if v in floors:
             tip = f"C = {power(v['budget'])}: loss {decimals(v['loss'], 4)} at N = {count(v['vertex'])}"
-            axes.plot(number(v.get("flops", v["budget"])), v["loss"], "o", ms=7, color=colour, mec=SURFACE, mew=0.8, gid=hover(tip), zorder=3)
+            axes.plot(
+                number(v.get("flops", v["budget"])),
+                v["loss"],
+                "o",
+                ms=7,
+                color=colour,
+                mec=SURFACE,
+                mew=0.8,
+                gid=hover(tip),
+                zorder=3,
+            )
     bounds = claim.get("interval")
     if isinstance(bounds, (list, tuple)):
         axes.plot([target, target], bounds, color=ACCENT, lw=3, solid_capstyle="butt")
     axes.plot(target, claim["loss"], "D", ms=7, mfc=SURFACE, mec=ACCENT, mew=1.6, zorder=4)
-    labels = [(target, number(claim["loss"]), f"predicted {decimals(claim['loss'], 3)}", ACCENT)]
+    labels = [(target, number(claim["loss"]), f"predicted {decimals(claim['loss'], 3)}")]
     if number(claim.get("measured")) > 0:
-        axes.plot(target, claim["measured"], "o", ms=6, color=ACCENT, mec=SURFACE, mew=0.8, zorder=5)
-        labels.append((target, number(claim["measured"]), f"measured {decimals(claim['measured'], 3)}", ACCENT))
+        axes.plot(target, claim["measured"], "o", ms=6, color=INK, mec=SURFACE, mew=0.8, zorder=5)
+        labels.append((target, number(claim["measured"]), f"measured {decimals(claim['measured'], 3)}"))
     log_axis(axes, "x", power)
     axes.set_xlabel("compute C, training FLOPs (6ND)")
     axes.set_ylabel("held-out loss at the optimum, nats per token")
-    low, high = axes.get_xlim()
-    axes.set_xlim(low, high * (high / low) ** 0.22)
+    axes.set_xlim(grid[0], grid[-1])
     label_ends(axes, labels)
     return finish(
         figure,
         "extrapolation",
         "Loss at the best allocation against compute, extrapolated to the predicted run.",
-        "Floors of the valleys (points), the fitted law at its own optimum (line), and at the target compute the prediction "
-        "written down before the run (open diamond, bar: its interval) with what was then measured (orange point).",
+        "Floors of the valleys (points), the fitted law at its own optimum (line), and at the target compute the "
+        "prediction written down before the run (open diamond, bar: its interval) with what was then measured (dot in ink).",
     )
 
 
 def claim_interval(study: Study) -> Picture | None:
     """The prediction at full zoom: its interval for one run, the law's own, and the measurement."""
     claim = study.prediction
-    bounds, inner, loss, measured = claim.get("interval"), claim.get("interval_mean"), number(claim.get("loss")), number(claim.get("measured"))
+    bounds, inner, loss, measured = (
+        claim.get("interval"),
+        claim.get("interval_mean"),
+        number(claim.get("loss")),
+        number(claim.get("measured")),
+    )
     if not loss > 0 or not isinstance(bounds, (list, tuple)):
         return None
     figure, axes = panel(5.6, 2.4)
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
     level = f"{100 * number(claim.get('level', 0.95)):.0f} %"
-    axes.plot(bounds, [0, 0], color=ACCENT, lw=10, alpha=0.3, solid_capstyle="butt", gid=hover(f"{level} interval for one run"))
+    axes.plot(
+        bounds,
+        [0, 0],
+        color=ACCENT,
+        lw=10,
+        alpha=0.3,
+        solid_capstyle="butt",
+        gid=hover(f"{level} interval for one run"),
+    )
     if isinstance(inner, (list, tuple)):
-        axes.plot(inner, [0, 0], color=ACCENT, lw=10, alpha=0.55, solid_capstyle="butt", gid=hover(f"{level} interval of the law"))
+        axes.plot(
+            inner,
+            [0, 0],
+            color=ACCENT,
+            lw=10,
+            alpha=0.55,
+            solid_capstyle="butt",
+            gid=hover(f"{level} interval of the law"),
+        )
     axes.plot(loss, 0, "D", ms=9, mfc=SURFACE, mec=ACCENT, mew=1.8, zorder=4)
-    axes.annotate(f"predicted {loss:.4f}", (loss, 0), xytext=(0, -18), textcoords="offset points", ha="center", va="top", fontsize=9)
+    axes.annotate(
+        f"predicted {loss:.4f}",
+        (loss, 0),
+        xytext=(0, -18),
+        textcoords="offset points",
+        ha="center",
+        va="top",
+        fontsize=9,
+        color=INK,
+    )
     points = [*bounds, loss]
     if measured > 0:
         axes.plot(measured, 0, "o", ms=9, color=INK, mec=SURFACE, mew=1, zorder=5)
-        axes.annotate(f"measured {measured:.4f}", (measured, 0), xytext=(0, 16), textcoords="offset points", ha="center", fontsize=9)
+        axes.annotate(
+            f"measured {measured:.4f}",
+            (measured, 0),
+            xytext=(0, 16),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
+            color=INK,
+        )
         points.append(measured)
     margin = 0.25 * (max(points) - min(points))
     axes.set(xlim=(min(points) - margin, max(points) + margin), ylim=(-1, 1), yticks=[])
@@ -141,17 +202,30 @@ def claim_interval(study: Study) -> Picture | None:
         figure,
         "claim",
         "The predicted interval and the measured loss on one axis.",
-        f"The claim at full zoom: the {level} interval for one new run{wide}, the predicted loss (diamond) and the measured one (dot).",
+        f"The claim at full zoom: the {level} interval for one new run{wide}, the "
+        "predicted loss (diamond) and the measured one (dot).",
     )
 
 
 def _both(study: Study) -> tuple[np.ndarray, np.ndarray]:
     cells = study.cells
-    return study.law_loss(cells["n"].to_numpy(float), cells["tokens"].to_numpy(float)), cells["eval_loss"].to_numpy(float)
+    return study.law_loss(cells["n"].to_numpy(float), cells["tokens"].to_numpy(float)), cells["eval_loss"].to_numpy(
+        float
+    )
 
 
-def _points(axes, study: Study, x: np.ndarray, y: np.ndarray, tip: str) -> None:
+def _points(axes: Axes, study: Study, x: np.ndarray, y: np.ndarray, tip: str) -> None:
     palette = sequence(max(len(study.budgets), 1))
     for run, budget, a, b in zip(study.cells["run"], study.cells["budget"], x, y, strict=True):
         place = next((i for i, known in enumerate(study.budgets) if same_budget(budget, known)), 0)
-        axes.plot(a, b, "o", ms=6, color=palette[place], mec=SURFACE, mew=0.8, gid=hover(f"{run}: {tip.format(a, b)}"), zorder=3)
+        axes.plot(
+            a,
+            b,
+            "o",
+            ms=6,
+            color=palette[place],
+            mec=SURFACE,
+            mew=0.8,
+            gid=hover(f"{run}: {tip.format(a, b)}"),
+            zorder=3,
+        )

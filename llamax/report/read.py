@@ -19,12 +19,14 @@ SKIPPED = {"checkpoints", "leases", "failures", "report_files", "__pycache__"}
 
 
 def find_runs(root: Path) -> Iterator[Path]:
-    """Run directories at or under `root`, in sorted order; nothing inside a run, hidden folders or links is searched."""
+    """Run directories at or under `root`, in sorted order; runs, hidden folders and links are not searched."""
     if any((root / name).is_file() for name in RUN_FILES):
         yield root
         return
     planned = set(cells_by_directory(root))
-    folders = sorted(e.name for e in os.scandir(root) if e.is_dir(follow_symlinks=False)) if os.access(root, os.R_OK) else []
+    folders = (
+        sorted(e.name for e in os.scandir(root) if e.is_dir(follow_symlinks=False)) if os.access(root, os.R_OK) else []
+    )
     for name in folders:
         if name in SKIPPED or name.startswith("."):
             continue
@@ -35,7 +37,7 @@ def find_runs(root: Path) -> Iterator[Path]:
 
 
 def read_object(path: Path) -> tuple[dict[str, Any], str | None]:
-    """A JSON or YAML mapping and no warning; `{}` and None when there is no such file, `{}` and a warning when damaged."""
+    """A JSON or YAML mapping and no warning; `{}` and None if there is no file, `{}` and a warning if damaged."""
     try:
         text = path.read_text(encoding="utf-8")
         data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
@@ -47,7 +49,7 @@ def read_object(path: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], str | None]:
-    """The rows of a JSONL file in order of step, later rows of a repeated step winning, and what was wrong with the file."""
+    """The rows of a JSONL file in order of step, of a repeated step the last one, and what was wrong."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -91,7 +93,7 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def cells_by_directory(study: Path) -> dict[str, dict[str, Any]]:
-    """The cells of `study`/plan.json by the name of their run directory, `<name>-<hash8>`; empty without a readable plan."""
+    """The cells of `study`/plan.json by their run directory's name, `<name>-<hash8>`; none without a readable plan."""
     cells = read_object(study / "plan.json")[0].get("cells")
     good = [c for c in cells if isinstance(c, dict) and "name" in c and "hash" in c] if isinstance(cells, list) else []
     return {f"{cell['name']}-{str(cell['hash'])[:8]}": cell for cell in good}

@@ -42,10 +42,13 @@ class Study:
     def held_out(self) -> pd.Series | None:
         """The row of the run the prediction is about, if it has been started."""
         runs, claim = self.runs, self.prediction
+        extra = {str(c.get("name")) for c in self.plan.get("cells") or () if isinstance(c, dict) and c.get("extra")}
         if claim.get("run") is not None:
             hit = runs["run"].eq(str(claim["run"])) | runs["name"].eq(str(claim["run"]))
         elif "role" in runs and runs["role"].isin(HELD_OUT).any():
             hit = runs["role"].isin(HELD_OUT)
+        elif runs["name"].isin(extra).any():  # cells added to a plan beyond its own
+            hit = runs["name"].isin(extra)
         else:  # the run with the very N and D that were claimed
             near = [(runs[c] / number(claim.get(k)) - 1).abs() < 2e-3 for c, k in (("n", "n"), ("tokens", "d"))]
             hit = near[0] & near[1]
@@ -62,7 +65,7 @@ class Study:
 
     @cached_property
     def budgets(self) -> list[float]:
-        """The compute budgets of the finished cells, least first; empty when the cells carry no numeric `budget` tag."""
+        """The compute budgets of the finished cells, least first; none if no cell has a numeric `budget` tag."""
         labels = self.cells["budget"].map(number).dropna()
         return sorted(float(label) for label in labels.unique())
 
@@ -122,14 +125,20 @@ def load_study(
         problems += [word] if word else []
     spec, word = read_object(root / "study.yaml")
     problems += [word] if word else []
-    return Study(path=root, runs=runs, curves=rows, spec=spec, env=_environments(root), problems=tuple(problems), **parts)
+    return Study(
+        path=root, runs=runs, curves=rows, spec=spec, env=_environments(root), problems=tuple(problems), **parts
+    )
 
 
 def _environments(root: Path) -> tuple[Mapping[str, Any], ...]:
     """The env.json of every run, each distinct one once (sessions, which differ from run to run, left aside)."""
     seen: dict[str, Mapping[str, Any]] = {}
     for run in find_runs(root):
-        env = {key: value for key, value in read_object(run / "env.json")[0].items() if key != "sessions"}
+        env = {
+            key: value
+            for key, value in read_object(run / "env.json")[0].items()
+            if key not in ("sessions", "fingerprint")
+        }
         if env:
             seen.setdefault(json.dumps(env, sort_keys=True, default=str), env)
     return tuple(seen.values())

@@ -21,10 +21,36 @@ if TYPE_CHECKING:
 INK, MUTED, GRID, ACCENT, SURFACE = "#010001", "#010002", "#010003", "#010004", "#010005"
 # The sequence runs from small to large; viridis without the ends that vanish on the page, so large is the more
 # prominent one on either background. It stays ordered in grey and under every common colour blindness.
-LIGHT_SEQUENCE = "#5ec962 #3fbc73 #28ae80 #1fa088 #21918c #26828e #2c728e #33638d #3b528b #424086 #472d7b #440154".split()
-DARK_SEQUENCE = "#6a5acd #5b6bd0 #4a7bc8 #3d8bc0 #3499b5 #2fa8a6 #37b693 #4fc37d #70cf63 #96d84b #bddf36 #fde725".split()
+LIGHT_SEQUENCE = [
+    "#5ec962",
+    "#3fbc73",
+    "#28ae80",
+    "#1fa088",
+    "#21918c",
+    "#26828e",
+    "#2c728e",
+    "#33638d",
+    "#3b528b",
+    "#424086",
+    "#472d7b",
+    "#440154",
+]
+DARK_SEQUENCE = [
+    "#6a5acd",
+    "#5b6bd0",
+    "#4a7bc8",
+    "#3d8bc0",
+    "#3499b5",
+    "#2fa8a6",
+    "#37b693",
+    "#4fc37d",
+    "#70cf63",
+    "#96d84b",
+    "#bddf36",
+    "#fde725",
+]
 LIGHT = {"ink": "#1b1f24", "muted": "#5b6470", "grid": "#e4e7eb", "accent": "#c2410c", "surface": "#ffffff"}
-DARK = {"ink": "#e8eaed", "muted": "#a0a8b4", "grid": "#31363e", "accent": "#fb923c", "surface": "#15181c"}
+DARK = {"ink": "#e8eaed", "muted": "#a0a8b4", "grid": "#31363e", "accent": "#fb7185", "surface": "#15181c"}
 _ROLES = {INK: "ink", MUTED: "muted", GRID: "grid", ACCENT: "accent", SURFACE: "surface"}
 _STEPS = {f"#0200{i:02x}": i for i in range(len(LIGHT_SEQUENCE))}
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
@@ -85,7 +111,13 @@ def panel(width: float = 6.6, height: float = 4.4) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-_RC = {"svg.fonttype": "none", "font.family": "DejaVu Sans", "text.color": INK, "axes.labelcolor": INK, "axes.labelsize": 9.5}
+_RC: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 9.5,
+}
 
 
 def finish(figure: Figure, name: str, alt: str, caption: str) -> Picture:
@@ -99,11 +131,16 @@ def finish(figure: Figure, name: str, alt: str, caption: str) -> Picture:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg ") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="title-([0-9a-f]*)">', lambda m: f"<g><title>{escape(bytes.fromhex(m[1]).decode())}</title>", svg)
+    svg = re.sub(
+        r'<g id="title-([0-9a-f]*)">', lambda m: f"<g><title>{escape(bytes.fromhex(m[1]).decode())}</title>", svg
+    )
     used = set(re.findall(r'(?:href="#|url\(#)([\w-]+)', svg))
     svg = re.sub(r' id="([\w-]+)"', lambda m: m[0] if m[1] in used else "", svg)
     svg = re.sub(r"'DejaVu Sans'(, [^;\"]*)?", FONT, svg)
-    rim = f"paint-order: stroke; stroke: {SURFACE}; stroke-width: 2.5px; stroke-linejoin: round; "  # readable over lines
+    svg = re.sub(r"\^([-\d.]+)(?=</text>)", r'<tspan dy="-0.4em" font-size="75%">\1</tspan>', svg)
+    rim = (
+        f"paint-order: stroke; stroke: {SURFACE}; stroke-width: 2.5px; stroke-linejoin: round; "  # readable over lines
+    )
     svg = svg.replace('<text style="', f'<text style="{rim}')
     return Picture(name, svg, alt, caption)
 
@@ -131,7 +168,9 @@ def log_axis(axes: Axes, which: str, words: Callable[[float], str], *, subs: Seq
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
     """Positions as near to `wanted` as possible, in the same order and at least `gap` apart."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    groups: list[list[float]] = []  # [sum of (wanted - own offset), members]: each group sits as a stack around its mean
+    groups: list[
+        list[float]
+    ] = []  # [sum of (wanted - own offset), members]: each group sits as a stack around its mean
     for i in order:
         groups.append([wanted[i], 1])
         while len(groups) > 1 and _start(groups[-2]) + groups[-2][1] * gap > _start(groups[-1]):
@@ -148,17 +187,36 @@ def _start(group: list[float]) -> float:
     return group[0] / group[1]
 
 
-def label_ends(axes: Axes, labels: Sequence[tuple[float, float, str, str]], *, gap_points: float = 12) -> None:
-    """Direct labels (x, y, text, colour) to the right of their points, pushed apart where they would collide."""
+def label_ends(
+    axes: Axes, labels: Sequence[tuple[float, float, str]], *, gap_points: float = 12, offset: float = 9
+) -> None:
+    """Direct labels (x, y, text) to the right of their points, pushed apart where they would collide."""
     if not labels:
         return
-    figure = axes.figure
+    figure: Any = axes.figure
     figure.draw_without_rendering()  # settles limits and layout, so that data can be turned into points
     to_points = 72 / figure.dpi
-    heights = [axes.transData.transform((x, y))[1] * to_points for x, y, _, _ in labels]
-    for (x, y, text, colour), height, at in zip(labels, heights, spread(heights, gap_points), strict=True):
-        for piece, right, ink in (("\u25cf", 5, colour), (text, 14, INK)):  # a coloured dot, then words in ink: both readable
+    heights = [axes.transData.transform((x, y))[1] * to_points for x, y, _ in labels]
+    for (x, y, text), height, at in zip(labels, heights, spread(heights, gap_points), strict=True):
+        axes.annotate(
+            text, (x, y), xytext=(offset, at - height), textcoords="offset points", va="center", fontsize=9, color=INK,
+            annotation_clip=False,
+        )  # fmt: skip
+
+
+def key(axes: Axes, title: str, entries: Sequence[tuple[str, str]]) -> None:
+    """A key of (text, colour) down the right margin: a coloured dot, then words in ink, so that both are readable."""
+    axes.annotate(
+        title, (1, 1), xytext=(10, -4), xycoords="axes fraction", textcoords="offset points", fontsize=9, color=MUTED
+    )
+    for i, (text, colour) in enumerate(entries, 1):
+        for piece, right, ink in (("\u25cf", 10, colour), (text, 21, INK)):
             axes.annotate(
-                piece, (x, y), xytext=(right, at - height), textcoords="offset points", va="center", fontsize=9, color=ink,
-                annotation_clip=False,
-            )  # fmt: skip
+                piece,
+                (1, 1),
+                xytext=(right, -4 - 14 * i),
+                xycoords="axes fraction",
+                textcoords="offset points",
+                fontsize=9,
+                color=ink,
+            )

@@ -28,7 +28,9 @@ def count(value: Any, digits: int = 3) -> str:
     x = number(value)
     if not math.isfinite(x):
         return MISSING
-    scale, prefix = next(((s, p) for s, p in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")) if abs(x) >= 0.9995 * s), (1, ""))
+    scale, prefix = next(
+        ((s, p) for s, p in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")) if abs(x) >= 0.9995 * s), (1, "")
+    )
     text = f"{x / scale:.{digits}g}"
     return f"{float(text):g}\u00a0{prefix}" if prefix else f"{float(text):g}"
 
@@ -60,7 +62,7 @@ def interval(pair: Any, places: int = 4) -> str:
     """[low, high], or an en dash."""
     if not isinstance(pair, (list, tuple)) or len(pair) != 2:
         return MISSING
-    return f"[{decimals(pair[0], places)}, {decimals(pair[1], places)}]"
+    return f"[{decimals(pair[0], places)},\u00a0{decimals(pair[1], places)}]"
 
 
 def plural(n: int, noun: str) -> str:

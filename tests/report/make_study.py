@@ -12,6 +12,7 @@ import yaml
 LAW = {"E": 0.85, "A": 38.0, "B": 260.0, "alpha": 0.36, "beta": 0.39}
 BUDGETS = (1e11, 3e11, 1e12, 3e12)
 TARGET = 1e13
+SMALLEST, RATIO = 2500.0, 1.75  # of the ladder of sizes that the budgets share
 VERSIONS = {"python": "3.11.2", "jax": "0.10.2", "flax": "0.12.8", "llamax": "0.1.0"}
 MODEL = {
     "vocab_size": 256,
@@ -33,19 +34,41 @@ def optimum(flops: float) -> float:
 
 
 def make_study(
-    path: Path, *, budgets: tuple[float, ...] = BUDGETS, sizes: int = 7, noise: float = 0.002, rows: int = 120, held_out: bool = True
+    path: Path,
+    *,
+    budgets: tuple[float, ...] = BUDGETS,
+    sizes: int = 7,
+    noise: float = 0.002,
+    rows: int = 120,
+    held_out: bool = True,
 ) -> dict[str, dict[str, Any]]:
-    """Write study.yaml, plan.json and finished run directories under `path`; returns the truth, one record a run name."""
+    """Write study.yaml, plan.json and finished run directories under `path`; returns each run's result."""
     rng = np.random.default_rng(0)
     path.mkdir(parents=True, exist_ok=True)
     cells, truth = [], {}
-    for b, budget in enumerate(budgets):
-        for s, spread in enumerate(np.geomspace(1 / 5, 5, sizes)):
-            n = round(optimum(budget) * spread)
-            cells.append({"name": f"b{b}-s{s}", "tags": {"budget": budget, "size": f"d{16 * (s + 1)}", "seed": 0}, "n": n, "flops": budget})
+    for budget in budgets:
+        middle = round(np.log(optimum(budget) / SMALLEST) / np.log(RATIO))
+        for s in range(middle - sizes // 2, middle - sizes // 2 + sizes):
+            tags = {"budget": budget, "size": f"d{16 * (s + 1)}", "seed": 0}
+            cells.append(
+                {
+                    "name": f"{budget:.0e}-d{16 * (s + 1)}".replace("+", ""),
+                    "tags": tags,
+                    "n": round(SMALLEST * RATIO**s),
+                    "flops": budget,
+                }
+            )
     if held_out:
         n = round(optimum(TARGET) * 1.1)
-        cells.append({"name": "prediction", "tags": {"budget": TARGET, "size": "d192", "seed": 0, "role": "held_out"}, "n": n, "flops": TARGET})
+        cells.append(
+            {
+                "name": "prediction",
+                "tags": {"budget": TARGET, "size": "d192", "seed": 0},
+                "n": n,
+                "flops": TARGET,
+                "extra": True,
+            }
+        )
     for i, cell in enumerate(cells):
         cell["hash"] = f"{i:02x}" * 8
         truth[f"{cell['name']}-{cell['hash'][:8]}"] = make_run(path, cell, rng, noise, rows)
@@ -57,7 +80,7 @@ def make_study(
 
 def make_run(path: Path, cell: dict[str, Any], rng: np.random.Generator, noise: float, rows: int) -> dict[str, Any]:
     """One finished run directory; returns its result."""
-    batch, seq, n = 8, 256, cell["n"]
+    batch, seq, n = 4, 256, cell["n"]
     run = path / f"{cell['name']}-{cell['hash'][:8]}"
     run.mkdir()
     steps = max(rows, round(cell["flops"] / (6 * n * batch * seq)))
@@ -79,20 +102,33 @@ def make_run(path: Path, cell: dict[str, Any], rng: np.random.Generator, noise: 
     falling = falling * np.exp(0.012 * rng.standard_normal(rows))
     lines = [
         {
-            "step": int(steps * f), "tokens": float(t), "loss": float(y), "lr": 0.004, "grad_norm": 0.5, "seconds": float(seconds * f),
+            "step": int(steps * f), "tokens": float(t), "loss": float(y), "lr": 0.004, "grad_norm": 0.5,
+            "seconds": float(seconds * f),
             "tokens_per_second": tokens / seconds, **{f"flops_{c}": float(k * n * t) for c, k in CONVENTIONS.items()},
         }
         for f, t, y in zip(share, seen, falling, strict=True)
     ]  # fmt: skip
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (run / "evals.jsonl").write_text(json.dumps({"step": steps, "tokens": tokens, "loss": loss, "bits_per_byte": loss / np.log(2)}) + "\n")
-    env = {"versions": VERSIONS, "devices": ["cpu"], "flags": {}, "git": {"commit": "0123abc", "dirty": ""}, "sessions": [{"seconds": seconds}]}
+    (run / "evals.jsonl").write_text(
+        json.dumps({"step": steps, "tokens": tokens, "loss": loss, "bits_per_byte": loss / np.log(2)}) + "\n"
+    )
+    env = {
+        "versions": VERSIONS,
+        "devices": ["cpu"],
+        "flags": {},
+        "git": {"commit": "0123abc", "dirty": ""},
+        "sessions": [{"seconds": seconds}],
+    }
     (run / "env.json").write_text(json.dumps(env))
     result = {
-        "status": "done", "cause": None, "steps": steps, "tokens": tokens, "train_loss": float(falling[-1]), "eval_loss": loss,
-        "eval_bits_per_byte": loss / float(np.log(2)), "eval_tokens": 262144, "params_total": n + 4096, "params_active": n + 4096, "n": n,
-        **{f"flops_{c}": k * n * tokens for c, k in CONVENTIONS.items()}, "seconds": seconds, "tokens_per_second": tokens / seconds,
-        "unique_tokens": min(tokens, 2.8e7), "epochs": tokens / 2.8e7, "fingerprint": "f1" * 16, "name": cell["name"], "hash": cell["hash"],
+        "status": "done", "cause": None, "steps": steps, "tokens": tokens,
+        "train_loss": float(falling[-1]), "eval_loss": loss,
+        "eval_bits_per_byte": loss / float(np.log(2)), "eval_tokens": 262144, "params_total": n + 4096,
+        "params_active": n + 4096, "n": n,
+        **{f"flops_{c}": k * n * tokens for c, k in CONVENTIONS.items()}, "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "unique_tokens": min(tokens, 2.8e7), "epochs": tokens / 2.8e7, "fingerprint": "f1" * 16,
+        "name": cell["name"], "hash": cell["hash"],
     }  # fmt: skip
     (run / "result.json").write_text(json.dumps(result))
     return result
@@ -113,13 +149,15 @@ def _transient(n: float, tokens: float, share: np.ndarray) -> np.ndarray:
 
 
 def add_fits(path: Path, bootstrap: int = 100) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fit the study, predict and score its held-out run, and store fits.json and prediction.json as the quickstart does."""
+    """Fit the study, predict and score its held-out run, and store fits.json and prediction.json as quickstart does."""
     from llamax.report.ledger import ledger
     from llamax.scaling import fit_frame, predict, score
 
     frame = ledger(path)
-    held = frame[frame["role"] == "held_out"].iloc[0]
-    fit = fit_frame(frame[frame["role"] != "held_out"], d="tokens", loss="eval_loss", flops="flops_6n", bootstrap=bootstrap)
+    held = frame[frame["name"] == "prediction"].iloc[0]
+    fit = fit_frame(
+        frame[frame["name"] != "prediction"], d="tokens", loss="eval_loss", flops="flops_6n", bootstrap=bootstrap
+    )
     claim = predict(fit, flops=TARGET, n=held["n"], d=held["tokens"])
     fits, prediction = fit.as_dict(), claim.as_dict() | score(claim, held["eval_loss"]).as_dict()
     (path / "fits.json").write_text(json.dumps(fits))
