@@ -16,6 +16,9 @@ from llamax.model.norm import Normalize
 from llamax.model.position import rotary_table, sinusoids
 
 
+LayerStatistics = dict[str, Float[Array, " layers"]]
+
+
 class Stack(nnx.Module):
     """`repeat` copies of a unit of blocks; each block's parameters are stacked along a leading layers axis."""
 
@@ -39,7 +42,7 @@ class Stack(nnx.Module):
         tables: dict[tuple[Rope, int], Array],
         segments: Int[Array, "batch seq"] | None,
         execution: Execution,
-    ) -> tuple[Float[Array, "batch seq d_model"], list[Statistics]]:
+    ) -> tuple[Float[Array, "batch seq d_model"], list[LayerStatistics]]:
         """(x after all repeats, one dict of statistics [repeat] a member of the unit)."""
 
         def unit(x: Array, blocks: list[DecoderBlock]) -> tuple[Array, list[Statistics]]:
@@ -107,8 +110,8 @@ class Transformer(nnx.Module):
         tokens: Int[Array, "batch seq"],
         segments: Int[Array, "batch seq"] | None = None,
         execution: Execution = Execution(),
-    ) -> tuple[Float[Array, "batch seq d_model"], Statistics]:
-        """(final normed residual stream, router statistics [moe layers], empty for a dense model)."""
+    ) -> tuple[Float[Array, "batch seq d_model"], LayerStatistics]:
+        """(final normed residual stream, router statistics [moe layers] in layer order, empty for a dense model)."""
         config, seq = self.config, tokens.shape[1]
         x = self.embedding[...][tokens].astype(execution.activation_dtype)
         if config.embedding.scale == "sqrt_d_model":
@@ -120,9 +123,10 @@ class Transformer(nnx.Module):
         kinds = {(b.position, b.attention.head_dim) for _, unit in config.blocks for b in unit if isinstance(b.position, Rope)}
         tables = {kind: jnp.asarray(rotary_table(*kind, seq)) for kind in kinds}
         x = execution.place(x)
-        statistics: list[Statistics] = []
+        statistics: list[LayerStatistics] = []
         for stack in self.stacks:
             x, found = stack(x, tables, segments, execution)
-            statistics += [s for s in found if s]
+            if routed := [s for s in found if s]:
+                statistics.append(jax.tree.map(lambda *members: jnp.stack(members, axis=1).reshape(-1), *routed))
         joined = {name: jnp.concatenate([s[name] for s in statistics]) for name in (statistics[0] if statistics else ())}
         return self.norm(x), joined
