@@ -130,7 +130,7 @@ def _descend(kind: str, hyper: Hyper, lr: ArrayLike) -> optax.GradientTransforma
         def one(parameter: nnx.Variable, direction: nnx.Variable) -> nnx.Variable:
             group = param_info(parameter).group
             decay = hyper["weight_decay"] * hyper[f"{group}_weight_decay"]
-            rate = lr * hyper[f"{group}_lr"]
+            rate = jnp.asarray(lr) * hyper[f"{group}_lr"]
             if kind == "muon" and not _uses_muon(parameter):
                 rate = rate * hyper["adam_lr"]
             return jax.tree.map(lambda u, p: -rate * (u + decay * p), direction, parameter)

@@ -31,15 +31,15 @@ class ParamInfo(NamedTuple):
 
     @property
     def is_matrix(self) -> bool:
-        """Whether each independent array maps inputs to outputs (vectors of norms and biases do not)."""
-        return self.inputs > 0 and self.batch + self.inputs < len(self.shape)
+        """Whether each independent array has two sides: a lookup table too, but no norm or bias, whatever its axes."""
+        return self.group not in ("norm", "bias") and len(self.shape) - self.batch > 1
 
     @property
     def view(self) -> tuple[int, ...]:
         """The stack as `[batch, inputs, outputs]` for matrices, `[batch, size]` for vectors."""
         stack, rest = self.shape[: self.batch], self.shape[self.batch :]
-        split = self.inputs if self.is_matrix else 0
-        sides = (rest[:split], rest[split:]) if split else (rest,)
+        split = max(self.inputs, 1)  # a lookup table contracts nothing; its rows are its inputs
+        sides = (rest[:split], rest[split:]) if self.is_matrix else (rest,)
         return (math.prod(stack), *(math.prod(side) for side in sides))
 
 

@@ -46,4 +46,4 @@ def learning_rate(kind: str, step: ArrayLike, hyper: Mapping[str, ArrayLike]) ->
             left = jnp.ones_like(progress)
         case _:
             raise ValueError(f"schedule kind {kind!r} is not one of cosine, linear, wsd, constant")
-    return hyper["lr"] * jnp.minimum(done / warmup, 1.0) * (final + (1.0 - final) * left)
+    return jnp.asarray(hyper["lr"], jnp.float32) * jnp.minimum(done / warmup, 1.0) * (final + (1.0 - final) * left)

@@ -35,7 +35,7 @@ class Layer(nnx.Module):
 class Toy(nnx.Module):
     def __init__(self, seed, layers=2):
         rng = np.random.default_rng(seed)
-        self.embedding = param(rng, (6, 8), ("vocab", "d_model"), "embedding", 1)
+        self.embedding = param(rng, (6, 8), ("vocab", "d_model"), "embedding", 0)
         self.blocks = Layer(rng, (layers,))
         self.head = param(rng, (8, 6), ("d_model", "vocab"), "head", 1)
         self.bias = param(rng, (6,), ("vocab",), "bias", 0)
@@ -52,19 +52,32 @@ def like(model, seed):
     return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32), model)
 
 
-def trained(config, model, steps=5, rates=(0.01, 0.02, 0.03, 0.02, 0.01)):
-    """Parameters after `steps` updates on gradients `like(model, step)`."""
-    hyper = hyperparameters(config, Schedule(), steps)
-    state = make_optimizer(config, hyper, 0.0).init(model)
+RATES = (0.01, 0.02, 0.03, 0.02, 0.01)
 
-    @jax.jit
-    def step(model, state, grads, lr):
-        updates, state = make_optimizer(config, hyper, lr).update(grads, state, model)
-        return optax.apply_updates(model, updates), state
 
-    for i in range(steps):
-        model, state = step(model, state, like(model, i), rates[i])
+@functools.partial(jax.jit, static_argnums=0)
+def init(kind, model, hyper):
+    return make_optimizer(KINDS[kind](), hyper, 0.0).init(model)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def update(kind, model, state, grads, hyper, lr):
+    return make_optimizer(KINDS[kind](), hyper, lr).update(grads, state, model)
+
+
+def trained(config, model):
+    """Parameters after five updates on gradients `like(model, step)`."""
+    hyper = hyperparameters(config, Schedule(), 5)
+    state = init(config.kind, model, hyper)
+    for i, lr in enumerate(RATES):
+        updates, state = update(config.kind, model, state, like(model, i), hyper, lr)
+        model = jax.tree.map(np.add, model, updates)
     return model
+
+
+def one_update(config, model, grads, lr=1.0):
+    hyper = hyperparameters(config, Schedule(), 1)
+    return update(config.kind, model, init(config.kind, model, hyper), grads, hyper, lr)[0]
 
 
 def by_path(model):
@@ -102,10 +115,10 @@ def sgd_step(p, g, s, t, lr, wd):
 def test_five_steps_by_hand_with_group_multipliers_and_clipping(kind, rule, clip):
     embedding, norm = Group(lr=2.0, weight_decay=0.0), Group(lr=3.0, weight_decay=0.25)
     groups = Groups(embedding=embedding, matrix=Group(lr=0.5), norm=norm)
-    model, rates = Toy(1), (0.01, 0.02, 0.03, 0.02, 0.01)
+    model = Toy(1)
     group_of = {info.path: info.group for info in param_table(model)}
     params, states = values(model), {path: {} for path in group_of}
-    for t, lr in enumerate(rates, 1):
+    for t, lr in enumerate(RATES, 1):
         grads = values(like(model, t - 1))
         norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
         scale = 1.0 if clip is None else min(1.0, clip / norm)
@@ -113,21 +126,19 @@ def test_five_steps_by_hand_with_group_multipliers_and_clipping(kind, rule, clip
             g = getattr(groups, group)
             p, s = rule(params[path], grads[path] * scale, states[path], t, lr * g.lr, 0.1 * g.weight_decay)
             params[path], states[path] = p, s
-    ours = values(trained(kind(clip_norm=clip, weight_decay=0.1, groups=groups), model, rates=rates))
+    ours = values(trained(kind(clip_norm=clip, weight_decay=0.1, groups=groups), model))
     for path in group_of:
         np.testing.assert_allclose(ours[path], params[path], rtol=2e-5, atol=2e-6, err_msg=path)
 
 
 def test_clipping_leaves_small_gradients_alone():
     model, config = Toy(0), Sgd(momentum=0.0, weight_decay=0.0, clip_norm=1e6, groups=FLAT)
-    hyper, grads = hyperparameters(config, Schedule(), 1), like(model, 0)
-    optimizer = make_optimizer(config, hyper, 1.0)
-    updates, _ = optimizer.update(grads, optimizer.init(model), model)
-    jax.tree.map(np.testing.assert_array_equal, updates, jax.tree.map(lambda g: -g, grads))
+    grads = like(model, 0)
+    jax.tree.map(np.testing.assert_array_equal, one_update(config, model, grads), jax.tree.map(np.negative, grads))
 
 
 # ---------------------------------------------------------------- against optax
-def by_optax(transform, model, steps=5, rates=(0.01, 0.02, 0.03, 0.02, 0.01)):
+def by_optax(transform, model):
     state = transform(0.0).init(model)
 
     @jax.jit
@@ -135,8 +146,8 @@ def by_optax(transform, model, steps=5, rates=(0.01, 0.02, 0.03, 0.02, 0.01)):
         updates, state = transform(lr).update(grads, state, model)
         return optax.apply_updates(model, updates), state
 
-    for i in range(steps):
-        model, state = step(model, state, like(model, i), rates[i])
+    for i, lr in enumerate(RATES):
+        model, state = step(model, state, like(model, i), lr)
     return model
 
 
@@ -180,17 +191,6 @@ def test_muon_is_optax_on_one_matrix(shape):
 
 
 # ---------------------------------------------------------------- Muon's algebra
-def one_update(config, model, grads, lr=1.0):
-    hyper = hyperparameters(config, Schedule(), 1)
-
-    @jax.jit
-    def update(model, grads):
-        optimizer = make_optimizer(config, hyper, lr)
-        return optimizer.update(grads, optimizer.init(model), model)[0]
-
-    return update(model, grads)
-
-
 def test_muon_orthogonalizes_every_matrix_of_every_stack():
     model = Toy(3, 3)
     updates = one_update(Muon(weight_decay=0.0), model, like(model, 0))
@@ -246,18 +246,21 @@ def test_vmap_over_hyperparameters_is_separate_runs(kind):
     grads = [like(model, 10 + i) for i, model in enumerate(models)]
     hypers = [hyperparameters(config, Schedule(), 10) for config in configs]
 
-    def two_steps(model, grads, hyper):
-        optimizer = make_optimizer(configs[0], hyper, hyper["lr"])
-        state = optimizer.init(model)
-        for _ in range(2):
-            updates, state = optimizer.update(grads, state, model)
-            model = optax.apply_updates(model, updates)
-        return model, state
+    def stack(*trees):
+        return jax.tree.map(lambda *xs: np.stack(xs), *trees)
 
-    stack = lambda *trees: jax.tree.map(lambda *xs: jnp.stack(xs), *trees)  # noqa: E731
-    together = jax.jit(jax.vmap(two_steps))(stack(*models), stack(*grads), stack(*hypers))
+    model, grad, hyper = stack(*models), stack(*grads), stack(*hypers)
+    state = stack(*[init(kind, m, h) for m, h in zip(models, hypers, strict=True)])
+    vmapped = jax.jit(jax.vmap(functools.partial(update, kind)))
+    for _ in range(2):
+        updates, state = vmapped(model, state, grad, hyper, hyper["lr"])
+        model = jax.tree.map(np.add, model, updates)
     for i in range(2):
-        close(jax.tree.map(lambda x, i=i: x[i], together), jax.jit(two_steps)(models[i], grads[i], hypers[i]))
+        alone, own = models[i], init(kind, models[i], hypers[i])
+        for _ in range(2):
+            updates, own = update(kind, alone, own, grads[i], hypers[i], hypers[i]["lr"])
+            alone = jax.tree.map(np.add, alone, updates)
+        close(jax.tree.map(lambda x, i=i: x[i], (model, state)), (alone, own))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -272,11 +275,11 @@ def test_no_value_recompiles_or_changes_the_state(kind):
         return make_optimizer(KINDS[kind](), hyper, lr).update(grads, state, model)
 
     base = hyperparameters(KINDS[kind](), Schedule(), 100)
-    state = make_optimizer(KINDS[kind](), base, 0.0).init(model)
+    state = init(kind, model, base)
     first, _ = step(model, state, base, np.float32(0.1))
-    for name in [*base, "lr argument"]:
-        other = {**base, name: base[name] * np.float32(0.5)} if name in base else base
-        jax.tree.map(np.testing.assert_array_equal, state, make_optimizer(KINDS[kind](), other, 0.0).init(model))
+    for name in base:
+        other = {**base, name: base[name] * np.float32(0.5)}
+        jax.tree.map(np.testing.assert_array_equal, state, init(kind, model, other))
         last, new_state = step(model, state, other, np.float32(0.3))
         assert jax.tree.structure(new_state) == jax.tree.structure(state)
         assert [x.shape for x in jax.tree.leaves(new_state)] == [x.shape for x in jax.tree.leaves(state)]
@@ -296,16 +299,14 @@ def test_only_the_kind_of_the_config_is_structure():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_state_is_float32_and_a_bad_batch_can_be_skipped_bit_for_bit(kind):
-    config, model = KINDS[kind](), Toy(0)
-    hyper = hyperparameters(config, Schedule(), 10)
+    model, hyper = Toy(0), hyperparameters(KINDS[kind](), Schedule(), 10)
 
-    @jax.jit
     def step(model, state, grads):
-        updates, new = make_optimizer(config, hyper, 0.1).update(grads, state, model)
+        updates, new = update(kind, model, state, grads, hyper, 0.1)
         good = jnp.isfinite(optax.tree.norm(grads))
         return keep_if(good, (optax.apply_updates(model, updates), new), (model, state))
 
-    model, state = step(model, make_optimizer(config, hyper, 0.1).init(model), like(model, 0))
+    model, state = step(model, init(kind, model, hyper), like(model, 0))
     assert {x.dtype for x in jax.tree.leaves((model, state))} <= {jnp.dtype("float32"), jnp.dtype("int32")}
     bad = like(model, 1)
     bad.head = jax.tree.map(lambda x: x.at[0, 0].set(jnp.nan), bad.head)
@@ -333,7 +334,7 @@ def test_param_table_reads_stacks_experts_and_abstract_values():
     assert table["blocks.up"].view == (2 * 3, 8, 12)
     assert table["blocks.router"][2:] == (("d_model", "experts"), "router", 1, 1)
     assert table["blocks.norm"].view == (2, 8)
-    assert table["embedding"].shape == (6, 8)
+    assert table["embedding"].shape == table["embedding"].view[1:] == (6, 8)
     assert not table["bias"].is_matrix
 
 
@@ -343,3 +344,23 @@ def test_metadata_that_is_missing_is_named():
     with pytest.raises(Exception, match=r"parameter w of shape \(2, 3\) has .*group=matrices; give nnx.Param"):
         param_table(model)
     assert len(jax.tree.leaves(model, is_leaf=is_variable)) == 1
+
+
+def test_param_table_of_the_real_model_has_every_parameter_in_its_group():
+    from llamax.config.load import load_model
+    from llamax.model.transformer import Transformer
+
+    config = load_model("mixtral/8x7b")
+    model = jax.eval_shape(lambda key: Transformer(config, key=key), jax.random.key(0))
+    table = {info.path: info for info in param_table(model)}
+    by_group = {group: [info.view for info in table.values() if info.group == group] for group in GROUPS}
+    d, d_ff, layers, kv = 4096, 14336, 32, 1024
+    assert sorted(by_group["matrix"]) == sorted(
+        [(layers, d, d), (layers, d, kv), (layers, d, kv), (layers, d, d)]
+        + [(layers * 8, d, d_ff), (layers * 8, d, d_ff), (layers * 8, d_ff, d)]
+    )
+    assert by_group["router"] == [(layers, d, 8)]
+    assert by_group["embedding"] == [(1, 32000, d)]
+    assert by_group["head"] == [(1, d, 32000)]
+    assert sorted(by_group["norm"]) == [(1, d), (layers, d), (layers, d)]
+    assert by_group["bias"] == []
