@@ -16,9 +16,9 @@ _BYTES = {"float32": 4, "bfloat16": 2}
 MEMORY_RULES: dict[str, str] = {
     "parameters": "4 bytes a parameter: float32 master weights",
     "gradients": "4 bytes a parameter, twice that with gradient accumulation (the sum and the newest part)",
-    "optimizer": "4 bytes each: AdamW 2 a parameter; Muon 1 for matrices, 2 for the rest; Lion, SGD 1; "
+    "optimizer": "4 bytes each: AdamW 2 a parameter; Muon 1 for matrices, 2 for the rest; Lion and SGD 1; "
     "Adafactor a row and a column for matrices of 128 or more on both sides, else 1 a parameter",
-    "activations": "what the backward pass keeps of one microbatch, plus one layer's float32 attention scores and their "
+    "activations": "what the backward pass keeps of one microbatch, and one layer's float32 attention scores with their "
     "gradient. none: every intermediate of every layer, attention weights included; dots: each unit's input and its "
     "weight matmuls' results, and one unit's intermediates; full: each unit's input, and one unit's intermediates",
     "logits": "two float32 arrays (logits, their gradient) of vocab_size for loss_chunk tokens (null: the microbatch)",
@@ -55,7 +55,7 @@ def _moments(leaf: Leaf, optimizer: str) -> int:
     """Scalars of optimizer state for one leaf."""
     if optimizer == "adamw" or (optimizer == "muon" and leaf.group != "matrix"):
         return 2 * leaf.size
-    if optimizer == "adafactor" and leaf.inputs and min(leaf.sides) >= 128:  # optax factors from that size on
+    if optimizer == "adafactor" and min(leaf.sides) >= 128:  # optax factors from that size on
         rows, columns = leaf.sides
         return leaf.size // (rows * columns) * (rows + columns)
     return leaf.size

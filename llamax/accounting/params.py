@@ -58,9 +58,10 @@ class Leaf:
 
     @property
     def sides(self) -> tuple[int, int]:
-        """One matrix as (inputs, outputs); (1, elements) for what is not a matrix."""
+        """One matrix as (inputs, outputs), a lookup table as (rows, columns); (1, elements) for a vector."""
         one = self.shape[1:] if self.experts else self.shape
-        return math.prod(one[: self.inputs]), math.prod(one[self.inputs :])
+        split = 1 if self.group == "embedding" else self.inputs
+        return math.prod(one[:split]), math.prod(one[split:])
 
 
 @dataclass(frozen=True)

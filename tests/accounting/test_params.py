@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import jax
@@ -14,6 +13,8 @@ from llamax.config.cards import Family, card_names, card_of, read_card
 from llamax.config.files import shipped
 from llamax.config.load import load_model, validate
 from llamax.config.model import ModelConfig
+
+from .random_models import random_model
 
 # Sums of the weights of the checkpoints on the Hugging Face hub (rotary buffers left out): total, used by one token.
 PUBLISHED = {
@@ -76,62 +77,6 @@ def test_cards_equal_the_reference_tables(shared_reference: Any) -> None:
             assert model.position.scaling.original_max_len == scaling["original_max_position_embeddings"]
 
 
-def random_model(seed: int) -> ModelConfig:
-    """A small model of randomly chosen components, one to three segments with a unit of up to two different blocks."""
-    rng = random.Random(seed)
-
-    def flag() -> bool:
-        return rng.random() < 0.5
-
-    def norm() -> dict[str, Any]:
-        return rng.choice([{"kind": "rmsnorm"}, {"kind": "layernorm", "bias": flag()}, {"kind": "none"}])
-
-    def dense(bias: bool) -> dict[str, Any]:
-        kind = rng.choice(["swiglu", "geglu", "reglu", "relu2", "gelu", "silu"])
-        return {"kind": kind, "d_ff": rng.choice([24, 40]), "bias": bias}
-
-    def mlp() -> dict[str, Any]:
-        if flag():
-            return dense(flag())
-        shared = {"shared": dense(flag())} if flag() else {}
-        return {"kind": "moe", "experts": 4, "top_k": rng.choice([1, 2]), "expert": dense(False), **shared}
-
-    def block() -> dict[str, Any]:
-        part: dict[str, Any] = {"norm": norm()} if flag() else {}
-        if flag():
-            part["mlp"] = mlp()
-        if flag():
-            part["attention"] = {"window": rng.choice([3, 5]), "qkv_bias": flag()}
-        return part
-
-    residual = rng.choice(["sequential", "parallel"])
-    heads = rng.choice([2, 4])
-    attention = {"heads": heads, "kv_heads": rng.choice([1, 2, heads]), "qkv_bias": flag(), "out_bias": flag()}
-    if flag():
-        attention["head_dim"] = 10
-    if flag():
-        attention["qk_norm"] = norm()
-    position = rng.choice(["rope", "learned", "sinusoidal", "alibi", "nope"])
-    segments = [
-        {"repeat": rng.choice([1, 2, 3]), "unit": [block() for _ in range(rng.choice([1, 2]))]}
-        for _ in range(rng.choice([1, 2, 3]))
-    ]
-    data = {
-        "vocab_size": rng.choice([32, 48]),
-        "d_model": 16,
-        "max_seq_len": 24,
-        "segments": segments,
-        "attention": attention,
-        "position": {"kind": position},
-        "mlp": mlp(),
-        "norm": norm(),
-        "placement": "pre" if residual == "parallel" else rng.choice(["pre", "post", "sandwich"]),
-        "residual": residual,
-        "head": {"tied": flag(), "bias": flag()},
-    }
-    return validate(ModelConfig, data, f"random model {seed}")
-
-
 def real_arrays(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], str, int]]:
     """Path -> (shape, group, inputs) of every parameter of the real model, without allocating it."""
     from llamax.model.transformer import Transformer
@@ -172,7 +117,7 @@ def _transformer(model: ModelConfig, key: jax.Array) -> Any:
 
 
 def test_components_and_sums() -> None:
-    """A hand count: d 8, vocabulary 10, learned positions 6, one block of 2 heads of 4, 3 experts of 5, one shared of 7."""
+    """By hand: d 8, vocabulary 10, 6 learned positions, one block of 2 heads of 4, 3 experts of 5, a shared of 7."""
     data = {
         "vocab_size": 10, "d_model": 8, "max_seq_len": 6, "segments": [{"repeat": 1}],
         "attention": {"heads": 2}, "position": {"kind": "learned"}, "norm": {"kind": "rmsnorm"},
