@@ -69,7 +69,7 @@ def _wandb(run_dir: Path, out: Path, config: dict[str, Any]) -> None:
 
     settings = wandb.Settings(silent=True, disable_git=True, save_code=False, x_disable_stats=True, x_disable_meta=True)
     run = wandb.init(
-        mode="offline", project="llamax", name=run_dir.name, dir=str(out), config=config, settings=settings, reinit=True
+        mode="offline", project="llamax", name=run_dir.name, dir=str(out), config=config, settings=settings
     )
     for step, _, values in points(run_dir):
         run.log(values, step=step)
