@@ -31,7 +31,7 @@ CONFIG, ENV, RESULT, LOCK = "config.yaml", "env.json", "result.json", "lock"
 METRICS, EVALS, CHECKPOINTS = "metrics.jsonl", "evals.jsonl", "checkpoints"
 
 
-class RunDir:
+class Run:
     """An open run directory. `writer` is False in all but the first of several JAX processes: they write nothing."""
 
     def __init__(self, path: Path, writer: bool) -> None:
@@ -74,7 +74,7 @@ class RunDir:
 
 
 @contextmanager
-def open_run(path: Path, config: RunConfig, fingerprint: str) -> Iterator[RunDir]:
+def open_run(path: Path, config: RunConfig, fingerprint: str) -> Iterator[Run]:
     """Create the run directory, or open it to continue: `with open_run(...) as run:`.
 
     A run is the same when the sections `IDENTITY` of its config and the `fingerprint` of its data are; the other
@@ -87,7 +87,7 @@ def open_run(path: Path, config: RunConfig, fingerprint: str) -> Iterator[RunDir
 
     path = Path(path)
     if jax.process_index() > 0:
-        yield RunDir(path, writer=False)
+        yield Run(path, writer=False)
         return
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def open_run(path: Path, config: RunConfig, fingerprint: str) -> Iterator[RunDir
             _check_unused(path)
         if read_result(path) is None:
             _start_session(path, config, fingerprint)
-        yield RunDir(path, writer=True)
+        yield Run(path, writer=True)
 
 
 # ---------------------------------------------------------------- readers

@@ -1,46 +1,45 @@
-"""SIGTERM and Ctrl-C as a request that the training loop reads between dispatches."""
+"""SIGTERM and Ctrl-C as a request the training loop reads between dispatches."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 
-class Interrupted(Exception):
-    """A signal asked a run to stop, and it stopped after a complete checkpoint of `step`."""
+@dataclass
+class StopRequest:
+    """`signal` is null until a stop is asked for, then its name: "SIGTERM" or "SIGINT"."""
 
-    def __init__(self, received: signal.Signals, step: int) -> None:
-        super().__init__(f"stopped by {received.name} at step {step}, which is saved")
-        self.received, self.step = received, step
+    signal: str | None = None
 
-    @property
-    def exit_code(self) -> int:
-        """128 + the signal's number, as shells and schedulers expect."""
-        return 128 + self.received
+    def __bool__(self) -> bool:
+        return self.signal is not None
 
 
-class Signals:
-    """`with Signals() as signals:` puts the first SIGTERM or SIGINT in `signals.received`; the second raises at once.
+@contextmanager
+def stop_signals() -> Iterator[StopRequest]:
+    """`with stop_signals() as stop:` makes the first SIGTERM or SIGINT set `stop`; the second raises KeyboardInterrupt.
 
-    The second raises KeyboardInterrupt. The previous handlers come back at the end. Outside the main thread, where
-    Python allows no handlers, nothing is received.
+    The previous handlers come back at the end. Outside the main thread, where Python allows no handlers, `stop` stays
+    unset.
     """
+    stop = StopRequest()
 
-    received: signal.Signals | None = None
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop:
+            raise KeyboardInterrupt(f"{signal.Signals(number).name} a second time")
+        stop.signal = signal.Signals(number).name
 
-    def __enter__(self) -> Signals:
-        self._previous: dict[signal.Signals, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
+    previous: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt(f"{signal.Signals(number).name} after {self.received.name}")
-        self.received = signal.Signals(number)

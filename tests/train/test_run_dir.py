@@ -27,7 +27,7 @@ from llamax.train.run_dir import (
     read_result,
     read_rows,
 )
-from llamax.train.signals import Interrupted, Signals
+from llamax.train.signals import stop_signals
 
 HERE = Path(__file__).parents[2]
 PRINT = "abc123" * 10
@@ -300,9 +300,9 @@ def test_a_full_disk_is_one_message_and_the_rows_stay(tmp_path):
 import resource
 from pathlib import Path
 from llamax.errors import UserError
-from llamax.train.run_dir import RunDir
+from llamax.train.run_dir import Run
 resource.setrlimit(resource.RLIMIT_FSIZE, (70, resource.RLIM_INFINITY))
-run = RunDir(Path({str(tmp_path)!r}), writer=True)
+run = Run(Path({str(tmp_path)!r}), writer=True)
 for act in (lambda: run.log([{row(2)}]), lambda: run.finish({{"text": "x" * 100}})):
     try:
         act()
@@ -325,14 +325,13 @@ for act in (lambda: run.log([{row(2)}]), lambda: run.finish({{"text": "x" * 100}
 # ---------------------------------------------------------------- signals
 def test_the_first_signal_is_a_request_and_the_second_raises():
     before = signal.getsignal(signal.SIGTERM)
-    with Signals() as signals:
-        assert not signals.received
+    with stop_signals() as stop:
+        assert not stop
         signal.raise_signal(signal.SIGTERM)
-        assert signals.received == signal.SIGTERM
-        with pytest.raises(KeyboardInterrupt):
+        assert stop
+        assert stop.signal == "SIGTERM"
+        with pytest.raises(KeyboardInterrupt, match="SIGINT a second time"):
             signal.raise_signal(signal.SIGINT)
-        stop = Interrupted(signals.received, 12)
-    assert (stop.exit_code, str(stop)) == (143, "stopped by SIGTERM at step 12, which is saved")
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -340,8 +339,8 @@ def test_signals_outside_the_main_thread_are_left_alone():
     seen = []
 
     def work():
-        with Signals() as signals:
-            seen.append(signals.received)
+        with stop_signals() as stop:
+            seen.append(stop.signal)
 
     thread = threading.Thread(target=work)
     thread.start()
