@@ -24,9 +24,9 @@ SHOWN = 60  # characters of a value in the table
 def compare(run_a: str | Path, run_b: str | Path) -> dict[str, Any]:
     """What differs between two run directories, finished or not, as JSON data.
 
-    runs: both paths. config, environment: lists of `{field, a, b}`, the fields that differ (`identity` is True where the
-    field makes it another run; those come first). data: `{a, b, same}`, fingerprints, same None when unknown. results:
-    `{name: {a, b, difference}}`, losses in nats per token, None where not measured. losses: `{compared,
+    runs: both paths. config, environment: lists of `{field, a, b}`, the fields that differ (`identity` is True where
+    the field makes it another run; those come first). data: `{a, b, same}`, fingerprints, same None when unknown.
+    results: `{name: {a, b, difference}}`, losses in nats per token, None where not measured. losses: `{compared,
     first_difference, a, b, largest}`: rows of equal step, the first step whose losses differ, both losses there, the
     largest absolute difference. words: a sentence a finding. warnings: what was not readable.
 

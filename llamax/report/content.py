@@ -291,8 +291,8 @@ def _runs(study: Study) -> Section:
     names = "name" if study.runs["name"].is_unique else "run"  # the hash is in the ledger; it only widens the table
     rows = tuple((row[names], *_run_row(study, row)) for row in order.to_dict("records"))
     note = (
-        "N: parameters in matrix products. D: tokens. Losses in nats per token; the held-out loss is measured at the end "
-        "of a run. Fit residual: held-out loss over the law's, in percent."
+        "N: parameters in matrix products. D: tokens. Losses in nats per token; the held-out loss is measured at "
+        "the end of a run. Fit residual: held-out loss over the law's, in percent."
     )
     return Section(
         "runs",
@@ -344,8 +344,9 @@ def _method(study: Study) -> Section:
         if (p.get("bootstrap") or {}).get("draws")
     ]
     facts = [
-        "N counts the parameters that take part in matrix products (a lookup-only embedding is not among them). D counts "
-        "training tokens. C = 6 N D training FLOPs on every axis; metrics.jsonl and the ledger hold the other conventions beside it.",
+        "N counts the parameters that take part in matrix products (a lookup-only embedding is not among them). D "
+        "counts training tokens. C = 6 N D training FLOPs on every axis; metrics.jsonl and the ledger hold the "
+        "other conventions beside it.",
         "Losses are nats per token; the held-out loss is over files no run trained on.",
         "Approach 2: a parabola of loss in log N (and one in log D) per budget; power laws through the minima "
         "inside the grid (arXiv:2203.15556, section 3.2).",

@@ -34,8 +34,8 @@ def answer(study: Study) -> list[str]:
     if study.valleys:
         inside = sum(bool(v.get("interior")) for v in study.valleys)
         words.append(
-            f"{runs}; {inside} of {plural(len(study.valleys), 'compute budget')} have their loss minimum inside the grid "
-            "of sizes."
+            f"{runs}; {inside} of {plural(len(study.valleys), 'compute budget')} have their loss minimum inside the "
+            "grid of sizes."
         )
     else:
         words.append(f"{runs}; no fit of approach 2 has been stored yet.")

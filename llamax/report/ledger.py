@@ -48,9 +48,10 @@ def ledger(path: str | Path) -> pd.DataFrame:
 
     Columns: `run` (path relative to `path`), `study`, `name`, `hash`, `status` ("done", "diverged", "failed",
     "running", "unfinished"), `cause`; the study's tags (`budget`, `size`, `seed`, ...; `tag.<x>` where the name is
-    taken); the numbers of result.json (losses in nats per token, `n` the parameters that plans and fits use); `last_loss`, the last logged
-    training loss; config fields by dotted name, the usual ones and every one in which the runs differ; `fingerprint`;
-    `warnings` (text, None when all was readable). An unfinished run has no train_loss or eval_loss.
+    taken); the numbers of result.json (losses in nats per token, `n` the parameters that plans and fits use);
+    `last_loss`, the last logged training loss; config fields by dotted name, the usual ones and every one in which the
+    runs differ; `fingerprint`; `warnings` (text, None when all was readable). An unfinished run has no train_loss or
+    eval_loss.
 
     Raises:
         UserError: `path` is not a folder.

@@ -198,7 +198,8 @@ def loss_curves(study: Study, against: str) -> Picture | None:
     return finish(
         figure,
         f"curves-{'flops' if against == 'flops_6n' else against}",
-        f"Training loss of {len(drawn)} runs against {'FLOPs' if against == 'flops_6n' else 'tokens'}, coloured by size.",
+        f"Training loss of {len(drawn)} runs against {'FLOPs' if against == 'flops_6n' else 'tokens'}, coloured by "
+        "size.",
         f"Training loss, a running mean over {100 * SMOOTHING:.0f} % of each run, coloured by N; "
         f"the fast first fall is cut off. {mark}{words}",
     )

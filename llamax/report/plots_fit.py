@@ -131,7 +131,8 @@ def extrapolation(study: Study) -> Picture | None:
         "extrapolation",
         "Loss at the best allocation against compute, extrapolated to the predicted run.",
         "Floors of the valleys (points), the fitted law at its own optimum (line), and at the target compute the "
-        "prediction written down before the run (open diamond, bar: its interval) with what was then measured (dot in ink).",
+        "prediction written down before the run (open diamond, bar: its interval) with what was then measured (dot "
+        "in ink).",
     )
 
 
