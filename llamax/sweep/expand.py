@@ -45,13 +45,13 @@ def axis_points(axis: Axis) -> list[Point]:
         case Isoflop():
             short = size_labels([size for _, size in axis.pairs])
             return unique(
-                [_size_point("C" + exponent(c), m, short[m], "train.flops", "budget", c) for c, m in axis.pairs]
+                [_sized(f"C{exponent(c)}-{short[m]}", m, short[m], "train.flops", "budget", c) for c, m in axis.pairs]
             )
         case Ladder():
             short = size_labels(axis.sizes)
             pairs = itertools.product(axis.sizes, axis.tokens_per_param)
             horizon, tag = "train.tokens_per_param", "tokens_per_param"
-            return unique([_size_point(f"t{number(r)}", m, short[m], horizon, tag, r) for m, r in pairs])
+            return unique([_sized(f"{short[m]}-t{number(r)}", m, short[m], horizon, tag, r) for m, r in pairs])
         case Seeds():
             seeds = axis.values if axis.values is not None else range(axis.count or 0)
             return unique([Point(f"s{seed}", (("train.seed", seed),), {"seed": seed}) for seed in seeds])
@@ -105,8 +105,8 @@ def _joined(row: Sequence[Point]) -> Point:
     return Point("-".join(point.label for point in row), tuple(s for point in row for s in point.sets), tags)
 
 
-def _size_point(amount: str, model: str, size: str, horizon: str, tag: str, value: float) -> Point:
-    return Point(f"{amount}-{size}", (("model.base", model), (horizon, value)), {tag: value, "size": size})
+def _sized(label: str, model: str, size: str, horizon: str, tag: str, value: float) -> Point:
+    return Point(label, (("model.base", model), (horizon, value)), {tag: value, "size": size})
 
 
 def _fields_point(paths: Iterable[str], values: Sequence[Any]) -> Point:
@@ -143,10 +143,10 @@ def _refuse_conflicts(spec: SweepConfig) -> None:
     owners += [("optimizer.lr", "rules.lr")] * (spec.rules.lr is not None)
     owners += [("train.batch_size", "rules.batch")] * (spec.rules.batch is not None)
     for i, axis in enumerate(spec.axes):
-        mine = [(path, f"axes.{i} ({axis.kind})") for path in dict.fromkeys(p for p, _ in axis_points(axis)[0].sets)]
-        for path, who in mine:
+        who = f"axes.{i} ({axis.kind})"
+        for path, _ in axis_points(axis)[0].sets:
             for other, owner in owners:
                 if f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}."):
                     both = path if path == other else f"{other} and {path}"
                     raise UserError(f"sweep {spec.name}: {both} is set by {owner} and by {who}; keep one of them")
-        owners += mine
+            owners.append((path, who))

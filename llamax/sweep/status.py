@@ -22,9 +22,10 @@ SHOWN = ("step", "tokens", "loss", "tokens_per_second", "seconds_left", "phase")
 def status(study: Path, only: Iterable[str] | None = None) -> dict[str, Any]:
     """The state of every cell of a study (or of those in `only`), and an estimate of the time left.
 
-    `cells` holds a row a cell: name, state (one of `STATES`), tags, step, steps, tokens, loss (held-out once done),
+    `cells` holds a row a cell: name, run, state (of `STATES`), tags, step, steps, tokens, loss (held-out once done),
     tokens_per_second, seconds, seconds_left, estimate_seconds, error (first line), attempts (claims so far).
-    `counts` by state; `left` cells neither finished nor failed; `seconds_left` for all of them with the workers running now.
+    `counts` by state; `left` cells neither finished nor failed; `seconds_left` for all of them with the workers now
+    running.
 
     Raises:
         UserError: `study` has no readable plan.

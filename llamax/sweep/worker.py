@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llamax.config.run import RunConfig
-from llamax.errors import UserError
+from llamax.errors import Interrupted, UserError
 from llamax.sweep.claim import LEASE_SECONDS, Lease, LeaseLost, claim
 from llamax.sweep.plan import Cell
 from llamax.sweep.process import die_with, me, pin
@@ -137,6 +137,8 @@ def _train_cell(study: Path, cell: Cell, lease: Lease, train: Train, emit: OnEve
     except LeaseLost:
         emit("lost", cell.name, {})
         return "lost"
+    except Interrupted as stop:  # the training loop caught the signal itself, and has saved
+        raise Stopped(str(stop)) from None
     except Exception as error:
         if lease.lost.is_set() or lease.successor.exists():
             emit("lost", cell.name, {})

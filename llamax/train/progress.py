@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class Progress:
     """One report of a run.
 
-    `step` of `steps` and `tokens` are done; `loss` is the newest, in nats per token; `seconds_left` estimates the time to
-    the end of the run; `phase` is a word for what is going on ("compiling", "training", "evaluating", ...). None: not
+    `step` of `steps` and `tokens` are done; `loss` is the newest, in nats per token; `seconds_left` estimates the time
+    to the end of the run; `phase` is a word for what goes on ("compiling", "training", "evaluating", ...). None: not
     known yet.
     """
 
