@@ -23,7 +23,7 @@ def plan_tables(plan: Plan, workers: int = 1) -> list[RenderableType]:
     columns = ("cell", "N", "D", "D/N", "batch", "steps", "lr", "epochs", "memory", "time")
     sizes = _table(*columns, title=f"Plan {plan.spec.name}")
     for c in plan.cells:
-        epochs = "?" if c.epochs is None else f"{c.epochs:.2f}"
+        epochs = "?" if c.epochs is None else f"{c.epochs:.3g}"
         shape = f"{c.batch}x{c.config.train.seq_len}"
         row = (c.name, si(c.n), si(c.tokens), f"{c.tokens_per_param:.3g}", shape, f"{c.steps:,}", f"{c.lr:.3g}", epochs)
         sizes.add_row(*row, si(c.memory_bytes, "B"), duration(c.seconds))

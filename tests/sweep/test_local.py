@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_train import starts
 
 from llamax.errors import UserError
 from llamax.sweep.live import live
@@ -23,8 +22,9 @@ from llamax.sweep.local import run_local
 from llamax.sweep.process import alive, started
 from llamax.sweep.status import status
 from llamax.sweep.tables import status_table
+from tests.sweep.fake_train import starts
 
-FAKE = "fake_train:train"
+FAKE = "tests.sweep.fake_train:train"
 Make = Callable[..., Path]
 
 
@@ -108,9 +108,7 @@ def start_parent(study: Path, workers: int = 2) -> subprocess.Popen:
         f"try: run_local(Path({str(study)!r}), workers={workers}, train={FAKE!r})\n"
         "except KeyboardInterrupt: sys.exit(130)"
     )
-    env = os.environ | {"FAKE_STEP_SECONDS": "0.2"}
-    env["PYTHONPATH"] = os.pathsep.join([os.environ["PYTHONPATH"], str(Path(__file__).parents[2])])
-    return subprocess.Popen([sys.executable, "-c", code], env=env)
+    return subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"FAKE_STEP_SECONDS": "0.2"})
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

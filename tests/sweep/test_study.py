@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import seeds_plan  # type: ignore[import-not-found]
 
 from llamax.config.load import load_run
 from llamax.errors import UserError
 from llamax.sweep.plan import make_cell
 from llamax.sweep.status import status
 from llamax.sweep.study import add_cells, open_study, read_study
+from tests.sweep.studies import seeds_plan
 
 
 def test_the_same_spec_continues(tmp_path: Path) -> None:
