@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llamax.errors import UserError
+from llamax.errors import Interrupted, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -79,7 +79,6 @@ def train(
     where = run_dir or Path("runs") / Path(config).stem / f"{Path(config).stem}-{resolved.hash8}"
     from llamax.console import TrainProgress, print_run_plan
     from llamax.train.loop import train as train_run
-    from llamax.train.signals import Interrupted
 
     if not as_json:
         print_run_plan(resolved, where)

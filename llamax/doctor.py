@@ -26,7 +26,8 @@ def examine() -> dict[str, Any]:
     import jax
 
     from llamax.accounting.peaks import peak_flops_per_second
-    from llamax.mesh.start import cache_dir, start
+    from llamax.config.files import cache_dir
+    from llamax.mesh.start import start
 
     problems = []
     versions = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,13 @@ def configs_dir() -> Path:
         if folder.is_dir():
             return folder
     raise UserError(f"the shipped configs are missing beside {package}; reinstall llamax")
+
+
+def cache_dir() -> Path:
+    """Where built stores and compiled programs are kept: LLAMAX_CACHE, else $XDG_CACHE_HOME/llamax, else ~/.cache/llamax."""
+    if named := os.environ.get("LLAMAX_CACHE"):
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llamax"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+from llamax.config.files import cache_dir
 from llamax.config.load import load_corpus
 from llamax.config.run import DataConfig
 from llamax.data.format import Store
@@ -14,7 +14,7 @@ from llamax.data.store import build_store, list_sources, store_key
 
 
 def open_data(config: DataConfig, progress: Callable[[str, int, int], None] | None = None) -> Store:
-    """The store `config.store` names, or that of `config.corpus` and `config.tokenizer`, built in the cache on first use.
+    """The store `config.store` names, or that of `config.corpus` and `config.tokenizer`, built into the cache once.
 
     The cached folder's name has the hash of both configs, the interpreter's version and a listing of the files (path,
     size, time), so that a changed tree is built anew and an unchanged one opens at once.
@@ -31,10 +31,3 @@ def open_data(config: DataConfig, progress: Callable[[str, int, int], None] | No
     if (folder / "manifest.json").exists():
         return Store.open(folder)
     return build_store(corpus, config.tokenizer, folder, progress=progress)
-
-
-def cache_dir() -> Path:
-    """`LLAMAX_CACHE`, else `$XDG_CACHE_HOME/llamax`, else `~/.cache/llamax`. Not created here."""
-    if named := os.environ.get("LLAMAX_CACHE"):
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llamax"

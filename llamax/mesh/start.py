@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import jax
 
-
-def cache_dir() -> Path:
-    """Where llamax keeps compiled programs and built stores: $LLAMAX_CACHE, else $XDG_CACHE_HOME/llamax, else ~/.cache/llamax."""
-    if given := os.environ.get("LLAMAX_CACHE"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llamax"
+from llamax.config.files import cache_dir
 
 
 def start() -> None:
