@@ -169,7 +169,9 @@ td:first-child{white-space:nowrap}
 th.n{white-space:normal}
 #prediction td+td,#method td+td,#plan td+td{overflow-wrap:anywhere}
 @media(max-width:560px){main{padding:16px 8px 40px}section{padding:14px 12px}h1{font-size:22px}}
-@media print{body{background:#fff;font-size:10.5pt}main{max-width:none;padding:0}nav{display:none}
+@media print{.figures{grid-template-columns:1fr 1fr;gap:4pt 14pt}.tiles{grid-template-columns:repeat(5,1fr)}
+figure svg,.figures.one svg{min-width:0}.tile .value{font-size:15pt}#summary>p{font-size:12pt}
+body{background:#fff;font-size:10.5pt}main{max-width:none;padding:0}nav{display:none}
 section{border:0;border-radius:0;padding:0;margin:0 0 14pt}figure,.tiles,tr,li{break-inside:avoid}h2{break-after:avoid}
 .table,figure{overflow:visible}#runs table{font-size:7pt}#runs td,#runs th{padding-right:5pt}}
 """

@@ -110,9 +110,7 @@ def optimum(study: Study, axis: str) -> Picture | None:
     reach = np.array([flops.min() / 1.6, 1.6 * max(flops.max(), target if target > 0 else 0)])
     coefficient, exponent = (number(study.approach2.get(f"{axis}_{k}")) for k in ("coefficient", "exponent"))
     labels = []
-    band = (study.approach2.get("bands") or {}).get(axis)
-    if isinstance(band, Mapping):
-        axes.fill_between(study.approach2["bands"]["flops"], band["low"], band["high"], color=INK, alpha=0.13, lw=0)
+    shaded = shade_band(axes, study.approach2, axis, reach)
     if np.isfinite([coefficient, exponent]).all():
         axes.plot(reach, coefficient * reach**exponent, color=INK, lw=1.4)
         labels.append((reach[1], coefficient * reach[1] ** exponent, f"approach 2: C^{exponent:.3f}"))
@@ -148,7 +146,7 @@ def optimum(study: Study, axis: str) -> Picture | None:
     axes.set_ylabel(f"optimal {what}, {unit}")
     axes.set_xlim(reach[0], reach[1])
     label_ends(axes, labels)
-    shade = "; the shaded band is the bootstrap's" if isinstance(band, Mapping) else ""
+    shade = " with its bootstrap band (shaded)" if shaded else ""
     return finish(
         figure,
         f"optimal-{axis}",
@@ -156,6 +154,18 @@ def optimum(study: Study, axis: str) -> Picture | None:
         f"Optimal {what} at each budget (points), approach 2's power law (solid){shade}, approach 3's optimum "
         "(dashed), and the recommendation at the target compute with its interval (diamond).",
     )
+
+
+def shade_band(axes: Axes, fit: Mapping[str, Any], name: str, reach: np.ndarray) -> bool:
+    """Shade the stored bootstrap band `name` of a fit between the ends of `reach`, FLOPs; False when there is none."""
+    bands = fit.get("bands")
+    if not isinstance(bands, Mapping) or not isinstance(bands.get(name), Mapping):
+        return False
+    logs = np.log(np.asarray(bands["flops"], float))
+    grid = np.geomspace(max(reach[0], np.exp(logs[0])), min(reach[-1], np.exp(logs[-1])), 60)
+    low, high = (np.exp(np.interp(np.log(grid), logs, np.log(bands[name][end]))) for end in ("low", "high"))
+    axes.fill_between(grid, low, high, color=INK, alpha=0.15, lw=0)
+    return True
 
 
 def loss_curves(study: Study, against: str) -> Picture | None:

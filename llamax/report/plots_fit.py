@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llamax.report.plots import same_budget
+from llamax.report.plots import same_budget, shade_band
 from llamax.report.read import number
 from llamax.report.style import (
     ACCENT,
@@ -99,6 +99,7 @@ def extrapolation(study: Study) -> Picture | None:
     first = number(floors[0].get("flops", floors[0]["budget"])) if floors else target / 100
     grid = np.geomspace(first / 1.5, target * 1.6, 80)
     axes.plot(grid, study.law_loss(*study.law_optimum(grid)), color=INK, lw=1.4)
+    shaded = " with its bootstrap band" if shade_band(axes, study.approach3, "loss", grid) else ""
     for v, colour in zip(study.valleys, sequence(len(study.valleys)), strict=True):
         if v in floors:
             tip = f"C = {power(v['budget'])}: loss {decimals(v['loss'], 4)} at N = {count(v['vertex'])}"
@@ -130,9 +131,9 @@ def extrapolation(study: Study) -> Picture | None:
         figure,
         "extrapolation",
         "Loss at the best allocation against compute, extrapolated to the predicted run.",
-        "Floors of the valleys (points), the fitted law at its own optimum (line), and at the target compute the "
-        "prediction written down before the run (open diamond, bar: its interval) with what was then measured (dot "
-        "in ink).",
+        f"Floors of the valleys (points), the fitted law at its own optimum (line{shaded}), and at the target "
+        "compute the prediction written down before the run (open diamond, bar: its interval) with what was then "
+        "measured (dot in ink).",
     )
 
 

@@ -90,7 +90,7 @@ def _variable(placeholder: str) -> str:
 def sequence(n: int) -> list[str]:
     """`n` colours in order, as far apart as the palette allows."""
     last = len(_STEPS) - 1
-    places = [round(i * last / (n - 1)) for i in range(n)] if n > 1 else [round(0.6 * last)]
+    places = [round(i * last / (n - 1)) for i in range(n)] if n > 1 else [round(0.6 * last)] * n
     return [f"#0200{place:02x}" for place in places]
 
 
@@ -134,8 +134,8 @@ def finish(figure: Figure, name: str, alt: str, caption: str) -> Picture:
     svg = re.sub(
         r'<g id="title-([0-9a-f]*)">', lambda m: f"<g><title>{escape(bytes.fromhex(m[1]).decode())}</title>", svg
     )
-    used = set(re.findall(r'(?:href="#|url\(#)([\w-]+)', svg))
-    svg = re.sub(r' id="([\w-]+)"', lambda m: m[0] if m[1] in used else "", svg)
+    used = set(re.findall(r'(?:href="#|url\(#)([\w.-]+)', svg))
+    svg = re.sub(r' id="([\w.-]+)"', lambda m: m[0] if m[1] in used else "", svg)
     svg = re.sub(r"'DejaVu Sans'(, [^;\"]*)?", FONT, svg)
     svg = re.sub(r"\^([-\d.]+)(?=</text>)", r'<tspan dy="-0.4em" font-size="75%">\1</tspan>', svg)
     rim = (
@@ -206,6 +206,8 @@ def label_ends(
 
 def key(axes: Axes, title: str, entries: Sequence[tuple[str, str]]) -> None:
     """A key of (text, colour) down the right margin: a coloured dot, then words in ink, so that both are readable."""
+    if not entries:
+        return
     axes.annotate(
         title, (1, 1), xytext=(10, -4), xycoords="axes fraction", textcoords="offset points", fontsize=9, color=MUTED
     )

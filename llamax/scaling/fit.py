@@ -12,6 +12,7 @@ import pandas as pd
 from llamax.errors import UserError
 from llamax.scaling.approach2 import Approach2Fit, by_budget, fit_approach2
 from llamax.scaling.approach3 import N_PARAMETERS, Approach3Fit, fit_approach3
+from llamax.scaling.bands import approach2_bands, approach3_bands, compute_grid
 from llamax.scaling.bootstrap import Approach2Draws, Approach3Draws, bootstrap_approach2, bootstrap_approach3
 from llamax.scaling.laws import Cost, Scalar, fit_cost
 from llamax.scaling.table import clean
@@ -38,10 +39,14 @@ class ScalingFit:
     warnings: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready: `approach2` and `approach3` (each with `intervals` and `bootstrap`), cost, counts, warnings."""
+        """JSON-ready: both approaches, each with `intervals`, `bootstrap` and `bands`; cost, counts, warnings."""
+        two, three = self.approach2_draws, self.approach3_draws
+        grid = compute_grid(self.runs["flops"].to_numpy(float))
+        bands2 = approach2_bands(two, grid, self.level) if two else None
+        bands3 = approach3_bands(three, self.cost, grid, self.level) if three else None
         return {
-            "approach2": _with_draws(self.approach2, self.approach2_draws, self.level),
-            "approach3": _with_draws(self.approach3, self.approach3_draws, self.level),
+            "approach2": _with_draws(self.approach2, two, self.level, bands2),
+            "approach3": _with_draws(self.approach3, three, self.level, bands3),
             "cost": {"coefficient": self.cost.coefficient, "n_exponent": self.cost.n_exponent},
             "n_points": len(self.runs),
             "level": self.level,
@@ -129,9 +134,9 @@ def leave_largest_out(runs: pd.DataFrame, delta: float = 1e-3) -> float | None:
     return float(np.sqrt(np.mean(np.log(largest["loss"].to_numpy(float) / predicted) ** 2)))
 
 
-def _with_draws(fit: Any, draws: Any, level: float) -> dict[str, Any] | None:
+def _with_draws(fit: Any, draws: Any, level: float, bands: Any) -> dict[str, Any] | None:
     if fit is None:
         return None
     if draws is None:
-        return fit.as_dict() | {"intervals": None, "bootstrap": None}
-    return fit.as_dict() | {"intervals": draws.intervals(level), "bootstrap": draws.as_dict()}
+        return fit.as_dict() | {"intervals": None, "bootstrap": None, "bands": None}
+    return fit.as_dict() | {"intervals": draws.intervals(level), "bootstrap": draws.as_dict(), "bands": bands}
