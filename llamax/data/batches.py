@@ -1,19 +1,19 @@
 """Batches as pure functions: batch k of (store, seed, k), and the held-out split in order."""
 
-from __future__ import annotations
-
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
 from grain.experimental import index_shuffle
 from jaxtyping import Float32, Int32, Int64
 
-from llamax.data.format import Source, Split, Store
+from llamax.data.format import Split, Store
 from llamax.errors import UserError
 
+Draws = Int64[np.ndarray, "batch"]
+Rows = Callable[[int, np.ndarray], np.ndarray]
 SHARES = 1 << 20  # mixture weights as integers that add up to this
 
 
@@ -21,9 +21,10 @@ class TrainBatches:
     """`batches(step)` is the training batch of a step: a pure function of (store, seed, step).
 
     The training split of each source is cut into windows of `seq_len` + 1 tokens, each sharing one token with the next,
-    so that every token but the first is a target once an epoch. An epoch is a permutation of the windows, a new one
-    each time; a mixture draws from its sources in proportion to their weights, spread evenly. Every process computes the
-    same global order and takes its own contiguous slice, so the global batch does not depend on how many there are.
+    so that every token but the first is a target once an epoch (a rest shorter than a window is left out). An epoch is
+    a permutation of the windows, a new one each time; a mixture draws from its sources in proportion to their weights,
+    spread evenly. Every process knows the same global order and takes its own contiguous slice, so the global batch
+    does not depend on how many there are.
 
     `dataset` is the same as a Grain `MapDataset` of batches, for prefetching.
 
@@ -32,9 +33,9 @@ class TrainBatches:
     """
 
     # Why not MapDataset.source(windows).shuffle(seed).repeat().batch(n): Grain's bookkeeping costs 20 us an element
-    # (212 us for 8 x 128, 701 us for 32 x 128), and its mix() rounds weights to 1/100 of the smallest. The
-    # permutation is Grain's own, called directly, so one source is in the very order that pipeline gives (a test
-    # compares them); the rows are gathered at once.
+    # and its mix() rounds weights to 1/100 of the smallest. The permutation is Grain's own, called directly, so one
+    # source is in the very order that pipeline gives (a test compares them), and the rows are gathered at once: on one
+    # busy machine 8 x 128 takes FIG1 that way and FIG2 this way, 32 x 256 FIG3 and FIG4.
 
     def __init__(
         self,
@@ -48,7 +49,9 @@ class TrainBatches:
         process_count: int = 1,
     ):
         if batch_size % process_count:
-            raise UserError(f"train.batch_size={batch_size} does not divide over {process_count} processes; choose a multiple")
+            raise UserError(
+                f"train.batch_size={batch_size} does not divide over {process_count} processes; choose a multiple"
+            )
         for source in store.sources:
             if len(source.train.tokens) <= seq_len:
                 raise UserError(
@@ -63,25 +66,44 @@ class TrainBatches:
         self._windows = [(len(source.train.tokens) - 1) // seq_len for source in store.sources]
         self._seeds = [_source_seed(seed, i) for i in range(len(store.sources))]
         self._shares = _shares([source.weight for source in store.sources])
-        self.dataset = grain.MapDataset.range(sys.maxsize).map(self._batch)
+        self._views = [
+            np.lib.stride_tricks.sliding_window_view(s.train.tokens, seq_len + 1)[::seq_len] for s in store.sources
+        ]
+        self.dataset = grain.MapDataset.range(sys.maxsize).map(self)
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         """`tokens` [local_batch, seq_len + 1] int32, and `segments` alike when documents are masked.
 
         Segments number the documents of a window from 1; an end-of-document token belongs to the document it ends.
         """
-        return self.dataset[step]
-
-    def _batch(self, step: int) -> dict[str, np.ndarray]:
         draws = np.arange(step * self.batch_size + self._first, step * self.batch_size + self._last, dtype=np.int64)
-        return _rows(self._sources, *self._windows_of(draws), self.seq_len, self._mask)
+        source, window = self._windows_of(draws)
+        batch = {"tokens": self._gather(source, window, lambda i, rows: self._views[i][rows])}
+        if self._mask:
+            batch["segments"] = self._gather(source, window, self._segments)
+        return batch
 
-    def _windows_of(self, draws: Int64[np.ndarray, "batch"]) -> tuple[Int64[np.ndarray, "batch"], Int64[np.ndarray, "batch"]]:
+    def _gather(self, source: Int64[np.ndarray, "batch"], window: Int64[np.ndarray, "batch"], rows: Rows) -> np.ndarray:
+        """`rows(i, windows)` of every source, each in its place: [batch, seq_len + 1] int32."""
+        if len(self._sources) == 1:
+            return rows(0, window).astype(np.int32)
+        result = np.empty((len(window), self.seq_len + 1), np.int32)
+        for i in range(len(self._sources)):
+            result[source == i] = rows(i, window[source == i])
+        return result
+
+    def _segments(self, source: int, window: Int64[np.ndarray, "rows"]) -> Int32[np.ndarray, "rows length"]:
+        return segments(self._sources[source].train, window * self.seq_len, self.seq_len + 1)
+
+    def _windows_of(self, draws: Draws) -> tuple[Draws, Draws]:
         """The source of each draw, and the window of it."""
+        if len(self._sources) == 1:
+            return np.zeros_like(draws), np.array([self._shuffled(0, i) for i in draws.tolist()], np.int64)
         before = _drawn(draws, self._shares)
         source = np.argmax(_drawn(draws + 1, self._shares) - before, axis=0)
         place = before[source, np.arange(len(draws))]
-        return source, np.array([self._shuffled(s, i) for s, i in zip(source.tolist(), place.tolist(), strict=True)], np.int64)
+        pairs = zip(source.tolist(), place.tolist(), strict=True)
+        return source, np.array([self._shuffled(i, k) for i, k in pairs], np.int64)
 
     def _shuffled(self, source: int, i: int) -> int:
         """The window that is the i-th drawn from `source`: MapDataset.shuffle(seed).repeat() at i."""
@@ -124,29 +146,16 @@ def _drawn(draws: Int64[np.ndarray, "n"], shares: list[int]) -> Int64[np.ndarray
     return np.stack(counts)
 
 
-def _rows(
-    sources: tuple[Source, ...], source: Int64[np.ndarray, "batch"], window: Int64[np.ndarray, "batch"], seq_len: int, mask: bool
-) -> dict[str, np.ndarray]:
-    """Windows gathered from the training split of their sources."""
-    batch = {name: np.empty((len(window), seq_len + 1), np.int32) for name in (["tokens", "segments"] if mask else ["tokens"])}
-    for i in range(len(sources)):
-        mine = slice(None) if len(sources) == 1 else source == i
-        starts = window[mine] * seq_len
-        batch["tokens"][mine] = gather(sources[i].train, starts, seq_len + 1)
-        if mask:
-            batch["segments"][mine] = segments(sources[i].train, starts, seq_len + 1)
-    return batch
-
-
-def gather(split: Split, starts: Int64[np.ndarray, "batch"], length: int) -> Int32[np.ndarray, "batch length"]:
-    """The tokens [start, start + length) for each start."""
-    return np.lib.stride_tricks.sliding_window_view(split.tokens, length)[starts].astype(np.int32)
-
-
 def segments(split: Split, starts: Int64[np.ndarray, "batch"], length: int) -> Int32[np.ndarray, "batch length"]:
     """Which document of its window each position belongs to, from 1."""
-    document = np.searchsorted(split.ends, starts[:, None] + np.arange(length), side="right")
-    return (document - document[:, :1] + 1).astype(np.int32)
+    first = np.searchsorted(split.ends, starts, side="right")
+    inside = np.searchsorted(split.ends, starts + length - 1, side="right") - first  # documents that end in each window
+    row = np.repeat(np.arange(len(starts)), inside)
+    end = split.ends[first[row] + np.arange(len(row)) - np.repeat(np.cumsum(inside) - inside, inside)]
+    begins = np.zeros((len(starts), length), np.int32)
+    begins[:, 0] = 1
+    begins[row, end - starts[row]] = 1
+    return np.cumsum(begins, axis=1, dtype=np.int32)
 
 
 # ---------------------------------------------------------------- held-out text
@@ -160,7 +169,11 @@ def eval_batches(
     With `max_tokens` at most that many targets count, in windows spread evenly over the whole split. The parts of
     a mixture count by their held-out size, not by their weight.
     """
-    windows = [(source.held_out, start) for source in store.sources for start in range(0, len(source.held_out.tokens) - 1, seq_len)]
+    windows = [
+        (source.held_out, start)
+        for source in store.sources
+        for start in range(0, len(source.held_out.tokens) - 1, seq_len)
+    ]
     wanted = len(windows) if max_tokens is None else min(len(windows), -(-max_tokens // seq_len))
     chosen = [windows[i * len(windows) // wanted] for i in range(wanted)]
     budget = sum(len(source.held_out.tokens) for source in store.sources) if max_tokens is None else max_tokens
@@ -172,7 +185,9 @@ def eval_batches(
         yield batch
 
 
-def _held_out_batch(windows: list[tuple[Split, int]], batch_size: int, seq_len: int, mask: bool) -> dict[str, np.ndarray]:
+def _held_out_batch(
+    windows: list[tuple[Split, int]], batch_size: int, seq_len: int, mask: bool
+) -> dict[str, np.ndarray]:
     shape = (batch_size, seq_len + 1)
     batch = {name: np.zeros(shape, np.int32) for name in (["tokens", "segments"] if mask else ["tokens"])}
     weights: Float32[np.ndarray, "batch seq_len"] = np.zeros((batch_size, seq_len), np.float32)

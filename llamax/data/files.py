@@ -47,7 +47,9 @@ def disk_errors(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{what}: no space left on the disk; free some and run again, finished parts are kept") from None
+            raise UserError(
+                f"{what}: no space left on the disk; free some and run again, finished parts are kept"
+            ) from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise UserError(f"{what}: {error.strerror}; choose a folder you can write to") from None
         raise

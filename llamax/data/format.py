@@ -10,8 +10,6 @@
 Arrays are memory-mapped; a window of any length is a slice.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json
@@ -56,7 +54,7 @@ class Store:
     sources: tuple[Source, ...]
 
     @staticmethod
-    def open(path: str | Path) -> Store:
+    def open(path: str | Path) -> "Store":
         """Opens a store and checks that its files are there, whole in size, and of the right type (not their content).
 
         Raises:
@@ -66,7 +64,11 @@ class Store:
         manifest = read_manifest(path)
         names = [source["name"] for source in manifest["sources"]]
         sources = [
-            Source(name, float(manifest["sources"][i]["weight"]), *(_split(path, manifest, f"source{i}.{split}") for split in SPLITS))
+            Source(
+                name,
+                float(manifest["sources"][i]["weight"]),
+                *(_split(path, manifest, f"source{i}.{split}") for split in SPLITS),
+            )
             for i, name in enumerate(names)
         ]
         if "file" in manifest["tokenizer"]:
@@ -105,13 +107,17 @@ class Store:
 
 # ---------------------------------------------------------------- opening
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the store at `path`. Raises UserError if there is none, or it is damaged or of another version."""
+    """The manifest of the store at `path`. Raises UserError if it is missing, damaged or of another version."""
     file = path / "manifest.json"
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        what = "no manifest.json: not a token store, or a build that did not finish" if path.is_dir() else "no such folder"
-        raise UserError(f"data.store={path}: {what}; build one with `llamax data build --text PATH --out {path}`") from None
+        what = (
+            "no manifest.json: not a token store, or a build that did not finish" if path.is_dir() else "no such folder"
+        )
+        raise UserError(
+            f"data.store={path}: {what}; build one with `llamax data build --text PATH --out {path}`"
+        ) from None
     except OSError as error:
         raise UserError(f"{file}: {error.strerror or error}; give the folder of a token store") from None
     except ValueError:
@@ -136,7 +142,9 @@ def _array(path: Path, name: str, files: dict[str, Any]) -> np.ndarray:
     except (OSError, ValueError, EOFError):
         raise _damaged(path, name, "is not a whole .npy file") from None
     if array.shape != (told["count"],) or array.dtype.name != told["dtype"]:
-        raise _damaged(path, name, f"holds {array.dtype}{list(array.shape)}, the manifest says {told['dtype']}[{told['count']}]")
+        raise _damaged(
+            path, name, f"holds {array.dtype}{list(array.shape)}, the manifest says {told['dtype']}[{told['count']}]"
+        )
     return np.asarray(array)  # the plain view of the map: slicing a memmap object costs ten times as much
 
 
@@ -205,4 +213,10 @@ def inspect_store(path: str | Path, windows: int = 2, length: int = 64) -> dict[
             for start in np.linspace(0, max(len(tokens) - length, 0), windows + 2, dtype=np.int64)[1:-1].tolist():
                 text = store.tokenizer.decode(tokens[start : start + length])
                 samples.append({"source": source.name, "split": split, "start": start, "text": text})
-    return {"path": str(store.path), "verified": damage is None, "damage": damage, "samples": samples, "manifest": store.manifest}
+    return {
+        "path": str(store.path),
+        "verified": damage is None,
+        "damage": damage,
+        "samples": samples,
+        "manifest": store.manifest,
+    }

@@ -8,7 +8,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from llamax.config.run import HuggingFaceDataset
 from llamax.errors import UserError
@@ -35,7 +35,9 @@ def jsonl_parts(path: str, field: str) -> list[Part]:
     size = os.path.getsize(path)
     if path.endswith(".gz"):
         return [Part(path, 0, -1, size)]
-    return [Part(path, a, min(a + PART_BYTES, size), min(PART_BYTES, size - a)) for a in range(0, max(size, 1), PART_BYTES)]
+    return [
+        Part(path, a, min(a + PART_BYTES, size), min(PART_BYTES, size - a)) for a in range(0, max(size, 1), PART_BYTES)
+    ]
 
 
 def read_jsonl(part: Part, field: str) -> Iterator[Row]:
@@ -54,11 +56,11 @@ def read_jsonl(part: Part, field: str) -> Iterator[Row]:
         raise UserError(f"{part.path}: {error.strerror or error}; give a readable file") from None
 
 
-def _open(path: str) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
+def _open(path: str) -> Any:
+    return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
 
 
-def _lines(file: IO[bytes], part: Part, field: str) -> Iterator[Row]:
+def _lines(file: Any, part: Part, field: str) -> Iterator[Row]:
     position = part.start
     if position:
         file.seek(position - 1)
@@ -132,7 +134,9 @@ def read_parquet(part: Part, field: str) -> Iterator[Row]:
                 number += 1
                 yield number, text
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{part.path}: row group {part.start} is damaged ({str(error)[:120]}); write the file again") from None
+        raise UserError(
+            f"{part.path}: row group {part.start} is damaged ({str(error)[:120]}); write the file again"
+        ) from None
 
 
 # ---------------------------------------------------------------- datasets
@@ -146,18 +150,26 @@ def _dataset(path: str, name: str | None, split: str) -> Any:
         return datasets.load_dataset(path, name, split=split)
     except Exception as error:  # the library raises many kinds; each means these three words are wrong
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise UserError(f"source.path={path!r}, name={name!r}, split={split!r}: datasets cannot load it ({reason}); check the three") from None
+        raise UserError(
+            f"source.path={path!r}, name={name!r}, split={split!r}: datasets cannot load it ({reason}); check the three"
+        ) from None
 
 
 def dataset_parts(source: HuggingFaceDataset) -> list[Part]:
     """Ranges of rows; the path of a part carries the three words that load the dataset."""
     data = _dataset(source.path, source.name, source.split)
     if source.field not in data.column_names:
-        raise UserError(f"{source.path}: no column {source.field!r} among {', '.join(data.column_names[:8])}; set the source's `field`")
+        raise UserError(
+            f"{source.path}: no column {source.field!r} among {', '.join(data.column_names[:8])}; "
+            "set the source's `field`"
+        )
     rows, key = len(data), json.dumps([source.path, source.name, source.split])
     stamp = int(str(getattr(data, "_fingerprint", "0"))[:15], 16)
     row_bytes = max(1, int(data.dataset_size or 1000 * rows) // max(rows, 1))
-    return [Part(key, a, min(a + PART_ROWS, rows), row_bytes * (min(a + PART_ROWS, rows) - a), stamp) for a in range(0, rows, PART_ROWS)]
+    return [
+        Part(key, a, min(a + PART_ROWS, rows), row_bytes * (min(a + PART_ROWS, rows) - a), stamp)
+        for a in range(0, rows, PART_ROWS)
+    ]
 
 
 def read_dataset(part: Part, field: str) -> Iterator[Row]:
@@ -167,5 +179,7 @@ def read_dataset(part: Part, field: str) -> Iterator[Row]:
     for row in range(part.start, part.stop):
         text = data[row][field]
         if not isinstance(text, str | None):
-            raise UserError(f"{path}, row {row}: field {field!r} is {type(text).__name__}, not text; set the source's `field`")
+            raise UserError(
+                f"{path}, row {row}: field {field!r} is {type(text).__name__}, not text; set the source's `field`"
+            )
         yield row, text

@@ -1,4 +1,4 @@
-"""The parallel half of a build: reading, hashing and tokenizing shards. Imports no JAX, so worker processes start fast."""
+"""The parallel half of a build: reading and tokenizing shards. Imports no JAX: worker processes start fast."""
 
 from __future__ import annotations
 
@@ -89,9 +89,10 @@ def _read(shard: Shard) -> Iterator[Document | Skip]:
 # ---------------------------------------------------------------- second pass: tokens
 @dataclass(frozen=True)
 class Job:
-    """A shard to tokenize: the fate of each of its documents, the tokenizer's spec and folder, where the result goes."""
+    """A shard to tokenize: what its documents were and what becomes of each, the tokenizer, the folder of the build."""
 
     shard: Shard
+    digests: np.ndarray
     fate: np.ndarray
     fraction: float
     spec: dict[str, Any]
@@ -99,14 +100,14 @@ class Job:
 
     @functools.cached_property
     def path(self) -> Path:
-        """Named by all that determines the content, so a finished shard of an interrupted build is known by its name."""
+        """Named by all that determines the content, so a finished shard of an interrupted build is known."""
         told = json.dumps([[astuple(piece) for piece in self.shard.pieces], self.fraction, self.spec])
-        name = hashlib.sha256(told.encode() + self.fate.tobytes()).hexdigest()[:24]
+        name = hashlib.sha256(told.encode() + self.digests.tobytes() + self.fate.tobytes()).hexdigest()[:24]
         return Path(self.folder) / f"shard-{name}.npz"
 
 
 def tokenize_shard(job: Job) -> Path:
-    """Writes the tokens of a shard's kept documents, each ended by the end-of-document token, unless already written.
+    """Writes the tokens of a shard's kept documents, each ended by its end token, unless already written.
 
     The .npz holds for each split the tokens, the documents' lengths in tokens, and the bytes of text.
 
@@ -136,18 +137,20 @@ def tokenize_shard(job: Job) -> Path:
 
 
 def _in_step(documents: Iterator[Document], job: Job) -> Iterator[tuple[Document, int]]:
-    """Documents with their fates, as long as the files still hold as many as the first reading found."""
-    fates = iter(job.fate.tolist())
+    """Documents with their fates, as long as they are the ones the first reading found."""
+    told = zip(job.digests, job.fate.tolist(), strict=True)
     for document in documents:
-        fate = next(fates, None)
-        if fate is None:
-            break
+        seen, fate = next(told, (None, 0))
+        if seen is None or seen.tobytes() != digest(document.text):
+            raise _changed(job)
         yield document, fate
-    else:
-        if next(fates, None) is None:
-            return
+    if next(told, None) is not None:
+        raise _changed(job)
+
+
+def _changed(job: Job) -> UserError:
     first = job.shard.pieces[0].name
-    raise UserError(f"{first}: this file, or one listed near it, changed while the store was being built; run the build again")
+    return UserError(f"{first}: it, or a file listed near it, changed while the store was being built; build it again")
 
 
 def _readable(path: Path) -> bool:
@@ -180,7 +183,7 @@ Run = Callable[[Callable[[T], R], Sequence[T], Callable[[int], None]], list[R]]
 def workers(count: int) -> Iterator[Run]:
     """A function `run(function, tasks, done)` that maps in order over `count` processes (1: in this one).
 
-    `done(i)` is called as task i ends. Processes are spawned, never forked: a fork of a process that has run JAX can hang.
+    `done(i)` is called as task i ends. Processes are spawned, not forked: a fork of a process that ran JAX can hang.
 
     Raises:
         UserError: the processes did not start, or one was killed.

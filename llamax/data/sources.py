@@ -35,6 +35,14 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Skip:
+    """Something that was passed over, and why: `empty`, `binary`, `not UTF-8` or `unreadable`."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Listing:
     """A source's pieces in order, and what lay beside them: `other` counts files that are not text by their name."""
 
@@ -48,14 +56,6 @@ class Listing:
 class Document:
     name: str
     text: str
-
-
-@dataclass(frozen=True)
-class Skip:
-    """Something that was passed over, and why: `empty`, `binary`, `not UTF-8` or `unreadable`."""
-
-    name: str
-    reason: str
 
 
 # ---------------------------------------------------------------- listing
@@ -77,14 +77,27 @@ def list_source(source: config.Source, where: str) -> Listing:
     suffixes = (".jsonl", ".jsonl.gz", ".ndjson") if isinstance(source, config.Jsonl) else (".parquet",)
     files = _files(source.paths, suffixes, where)
     split = rows.jsonl_parts if isinstance(source, config.Jsonl) else rows.parquet_parts
-    pieces = [piece for file in files.pieces for piece in _pieces(source.kind, split(file.path, source.field), source.field, file)]
+    pieces = [
+        piece
+        for file in files.pieces
+        for piece in _pieces(source.kind, split(file.path, source.field), source.field, file)
+    ]
     return Listing(files.name, tuple(pieces), files.other, files.unlisted)
 
 
 def _pieces(kind: str, parts: list[rows.Part], column: str, file: Piece | None = None) -> Iterator[Piece]:
     for part in parts:
         name, stamp = (file.name, file.stamp) if file else (part.path, part.stamp)
-        yield Piece(kind, f"{name}@{part.start}" if part.start else name, part.path, part.size, stamp, part.start, part.stop, column)
+        yield Piece(
+            kind,
+            f"{name}@{part.start}" if part.start else name,
+            part.path,
+            part.size,
+            stamp,
+            part.start,
+            part.stop,
+            column,
+        )
 
 
 def _python(source: config.PythonSource) -> Listing:
@@ -113,7 +126,9 @@ def _files(paths: tuple[str, ...], suffixes: tuple[str, ...], where: str) -> Lis
             info = path.stat()
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{where}.paths.{i} = {text!r}: {reason} (looked at {path}); give a file or folder that exists") from None
+            raise UserError(
+                f"{where}.paths.{i} = {text!r}: {reason} (looked at {path}); give a file or folder that exists"
+            ) from None
         if stat.S_ISDIR(info.st_mode):
             pieces += _walk(str(path), text, suffixes, other, skips)
         else:
@@ -141,11 +156,13 @@ def _walk(folder: str, label: str, suffixes: tuple[str, ...], other: Counter[str
             elif entry.is_file(follow_symlinks=False) and entry.name.lower().endswith(suffixes):
                 found.append((below, entry.path, entry.stat(follow_symlinks=False)))
             else:
-                other[os.path.splitext(entry.name)[1] or "no suffix"] += 1
+                other[os.path.splitext(entry.name)[1] or "without suffix"] += 1
 
     enter(folder, "")
     found.sort(key=lambda item: os.fsencode(item[0]))
-    return [Piece("file", f"{label}/{relative}", path, info.st_size, info.st_mtime_ns) for relative, path, info in found]
+    return [
+        Piece("file", f"{label}/{relative}", path, info.st_size, info.st_mtime_ns) for relative, path, info in found
+    ]
 
 
 # ---------------------------------------------------------------- reading

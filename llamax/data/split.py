@@ -1,7 +1,5 @@
 """Which documents train, which are held out, which are duplicates: decided by content alone."""
 
-from __future__ import annotations
-
 import hashlib
 from enum import IntEnum
 

@@ -19,7 +19,16 @@ import numpy as np
 
 from llamax.config import run as config
 from llamax.data.files import atomic_write, disk_errors, locked
-from llamax.data.format import FORMAT, SPLITS, Store, file_digest, fingerprint, inspect_store, read_manifest, verify_store
+from llamax.data.format import (
+    FORMAT,
+    SPLITS,
+    Store,
+    file_digest,
+    fingerprint,
+    inspect_store,
+    read_manifest,
+    verify_store,
+)
 from llamax.data.shards import (
     MAX_NAMED_SKIPS,
     SHARD_BYTES,
@@ -60,7 +69,8 @@ def build_store(
     (default: every core, or none for a small corpus). `progress(label, done, total)` counts bytes.
 
     Raises:
-        UserError: no text in the corpus, a missing path or extra, a bad row, another store or other files in `out`, a full disk.
+        UserError: no text in the corpus, a missing path or extra, a bad row, another store or other
+            files in `out`, a full disk.
     """
     listings = list_sources(corpus)
     key = store_key(corpus, tokenizer, listings)
@@ -72,7 +82,9 @@ def build_store(
                 plan = _Plan(corpus, tokenizer, tuple(listings), key, out, shard_bytes)
                 _build(plan, workers or _worker_count(plan), report)
     if read_manifest(out)["key"] != key:
-        raise UserError(f"{out}: holds a store of other text or another tokenizer; choose another folder, or delete this one")
+        raise UserError(
+            f"{out}: holds a store of other text or another tokenizer; choose another folder, or delete this one"
+        )
     return Store.open(out)
 
 
@@ -141,7 +153,8 @@ def _build(plan: _Plan, count: int, report: Progress) -> None:
             with atomic_write(plan.work / name) as file:
                 file.write(data)
         jobs = [
-            Job(shard, fate[i], plan.corpus.held_out_fraction, tokenizer.spec(), str(plan.work)) for i, shard in enumerate(shards)
+            Job(shard, scans[i].digests, fate[i], plan.corpus.held_out_fraction, tokenizer.spec(), str(plan.work))
+            for i, shard in enumerate(shards)
         ]
         written = _with_progress(run, tokenize_shard, jobs, [s.size for s in shards], "tokenizing", report)
     manifest = _join(plan, shards, scans, fate, tokenizer, written)
@@ -174,8 +187,14 @@ def _decide(plan: _Plan, shards: list[Shard], scans: list[Scan]) -> list[np.ndar
     fate = fates(digests, sizes, owner, plan.corpus.held_out_fraction)
     for i, listing in enumerate(plan.listings):
         if not (fate[owner == i] > 0).any():
-            seen = f"its {int((owner == i).sum())} documents all repeat an earlier source's" if (owner == i).any() else "no text in it"
-            raise UserError(f"sources.{i} ({listing.name}): {seen}; {_found(plan, shards, scans, i)}; remove it or give it text")
+            seen = (
+                f"its {int((owner == i).sum())} documents all repeat an earlier source's"
+                if (owner == i).any()
+                else "no text in it"
+            )
+            raise UserError(
+                f"sources.{i} ({listing.name}): {seen}; {_found(plan, shards, scans, i)}; remove it or give it text"
+            )
     if sizes[fate > 0].sum() < 2:
         raise UserError("corpus: a single character is too little to train on and hold out; give more text")
     return np.split(fate, np.cumsum(counts)[:-1])
@@ -184,15 +203,19 @@ def _decide(plan: _Plan, shards: list[Shard], scans: list[Scan]) -> list[np.ndar
 def _found(plan: _Plan, shards: list[Shard], scans: list[Scan], only: int | None = None) -> str:
     """What a source without text does hold, in words."""
     mine = [i for i in range(len(plan.listings)) if only in (None, i)]
-    skipped = sum((scan.skipped for shard, scan in zip(shards, scans, strict=True) if shard.source in mine), Counter[str]())
+    skipped = sum(
+        (scan.skipped for shard, scan in zip(shards, scans, strict=True) if shard.source in mine), Counter[str]()
+    )
     skipped += sum((Counter(s.reason for s in plan.listings[i].unlisted) for i in mine), Counter[str]())
     other = sum((plan.listings[i].other for i in mine), Counter[str]())
     words = [f"{n} {reason}" for reason, n in sorted(skipped.items())]
-    words += [f"{n} named {suffix}" if suffix[:1] == "." else f"{n} with {suffix}" if suffix == "no suffix" else f"{n} {suffix}" for suffix, n in other.most_common(5)]
+    words += [f"{n} {kind}" for kind, n in other.most_common(5)]
     return f"found {', '.join(words)}" if words else "found nothing"
 
 
-def _tokenizer(plan: _Plan, shards: list[Shard], scans: list[Scan], fate: list[np.ndarray], report: Progress) -> Tokenizer:
+def _tokenizer(
+    plan: _Plan, shards: list[Shard], scans: list[Scan], fate: list[np.ndarray], report: Progress
+) -> Tokenizer:
     """The tokenizer asked for; SentencePiece without a path is trained, once, on a sample of the training split."""
     wanted = plan.tokenizer
     if not isinstance(wanted, config.SentencePiece) or wanted.path is not None:
@@ -222,7 +245,12 @@ def _sample(shards: list[Shard], fate: list[np.ndarray], held_out: float, share:
 
 # ---------------------------------------------------------------- joining
 def _join(
-    plan: _Plan, shards: list[Shard], scans: list[Scan], fate: list[np.ndarray], tokenizer: Tokenizer, written: list[Path]
+    plan: _Plan,
+    shards: list[Shard],
+    scans: list[Scan],
+    fate: list[np.ndarray],
+    tokenizer: Tokenizer,
+    written: list[Path],
 ) -> dict[str, Any]:
     """Writes the store's arrays from the shards and returns its manifest."""
     manifest: dict[str, Any] = {
@@ -250,7 +278,10 @@ def _join(
             ends = np.cumsum(np.concatenate([np.zeros(0, np.int64), *loaded]))
             tokens = partial(map, partial(_load, name=f"{split}_tokens"), paths)
             count = int(ends[-1]) if len(ends) else 0
-            for part, arrays, type_, n in (("tokens", tokens(), dtype, count), ("ends", [ends], np.dtype(np.int64), len(ends))):
+            for part, arrays, type_, n in (
+                ("tokens", tokens(), dtype, count),
+                ("ends", [ends], np.dtype(np.int64), len(ends)),
+            ):
                 name = f"source{i}.{split}.{part}.npy"
                 manifest["files"][name] = _write_array(plan.out / name, arrays, type_, n)
             row["documents"][split], row["tokens"][split] = len(ends), count

@@ -1,12 +1,10 @@
 """Tokenizers: text to ids and back. Bytes, SentencePiece, and any Hugging Face `tokenizer.json`."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -16,6 +14,7 @@ from llamax.errors import UserError
 Ids = Sequence[int] | np.ndarray
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the rest of llamax asks of a tokenizer. `encode` adds no special token; `decode` leaves `eos_id` out."""
 
@@ -46,7 +45,9 @@ class ByteTokenizer:
 
     def decode(self, ids: Ids) -> str:
         """Bytes that are not UTF-8, as a cut character leaves, become U+FFFD. Raises ValueError for an id over 255."""
-        return bytes(i for i in np.asarray(ids, np.int64).tolist() if i != self.eos_id).decode("utf-8", errors="replace")
+        return bytes(i for i in np.asarray(ids, np.int64).tolist() if i != self.eos_id).decode(
+            "utf-8", errors="replace"
+        )
 
     def spec(self) -> dict[str, Any]:
         return {"kind": "bytes"}
@@ -110,7 +111,9 @@ class HuggingFaceTokenizer:
         try:
             import tokenizers
         except ImportError:
-            raise UserError("tokenizer.kind=huggingface needs the tokenizers package; pip install 'llamax[tokenizers]'") from None
+            raise UserError(
+                "tokenizer.kind=huggingface needs the tokenizers package; pip install 'llamax[tokenizers]'"
+            ) from None
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(text)
         except Exception as error:  # the library raises bare Exception
@@ -121,16 +124,23 @@ class HuggingFaceTokenizer:
         self._text = text
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
-        found = [eos] if isinstance(eos, int) else [vocab[name] for name in ([eos] if eos else self.EOS) if name in vocab]
+        found = (
+            [eos] if isinstance(eos, int) else [vocab[name] for name in ([eos] if eos else self.EOS) if name in vocab]
+        )
         if not found:
-            raise UserError(f"{where}: no end-of-text token found ({eos or ', '.join(self.EOS)}); set eos_token in the tokenizer_config.json beside it")
+            raise UserError(
+                f"{where}: no end-of-text token found ({eos or ', '.join(self.EOS)}); "
+                "set eos_token in the tokenizer_config.json beside it"
+            )
         self.eos_id = int(found[0])
 
     def encode(self, text: str) -> Int32[np.ndarray, "tokens"]:
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def decode(self, ids: Ids) -> str:
-        return self._tokenizer.decode([i for i in np.asarray(ids, np.int64).tolist() if i != self.eos_id], skip_special_tokens=False)
+        return self._tokenizer.decode(
+            [i for i in np.asarray(ids, np.int64).tolist() if i != self.eos_id], skip_special_tokens=False
+        )
 
     def spec(self) -> dict[str, Any]:
         return {"kind": "huggingface", "file": "tokenizer.json", "eos_id": self.eos_id}
@@ -143,14 +153,17 @@ def load_tokenizer(source: Any, base_dir: Path | str = ".") -> Tokenizer:
     """The tokenizer of a `config.run.Tokenizer` or of the `spec()` of one, its files looked up from `base_dir`.
 
     Raises:
-        UserError: a missing or damaged file, a missing extra, or a SentencePiece config without a path (train it first).
+        UserError: a missing or damaged file, a missing extra, or a SentencePiece config without a path.
     """
     spec: Mapping[str, Any] = source if isinstance(source, Mapping) else source.as_dict()
     if spec["kind"] == "bytes":
         return ByteTokenizer()
     name = spec.get("file") or spec.get("path")
     if name is None:
-        raise UserError("tokenizer.path is null: a SentencePiece model is trained with its store; build the store, or give tokenizer.path")
+        raise UserError(
+            "tokenizer.path is null: a SentencePiece model is trained with its store; "
+            "build the store, or give tokenizer.path"
+        )
     path = Path(base_dir) / Path(name).expanduser()
     data = _read(path)
     if spec["kind"] == "sentencepiece":
@@ -211,6 +224,9 @@ def train_sentencepiece(chunks: Iterable[str], vocab_size: int, model_type: str)
             minloglevel=4,  # the message of the exception says the same once
         )
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"tokenizer.vocab_size={vocab_size}: SentencePiece cannot train it on this text ({reason}); choose another size") from None
+        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2].rstrip(". ")
+        raise UserError(
+            f"tokenizer.vocab_size={vocab_size}: SentencePiece cannot train it on this text ({reason}); "
+            "choose another size"
+        ) from None
     return model.getvalue()
