@@ -37,8 +37,8 @@ def list_models() -> list[dict[str, Any]]:
 
 
 def show_model(name: str, seq_len: int | None = None) -> dict[str, Any]:
-    """Everything known of one model (`llama3/8b`, `ladder/d64`, a hub id) at sequence length `seq_len` (default: at
-    most 4096).
+    """Everything known of one model (`llama3/8b`, `ladder/d64`, a hub id) at sequence length `seq_len` (default: the
+    longest it takes).
 
     Keys: name, card (None for a ladder size), config, seq_len, params by component with its sums, kv_bytes_per_token,
     training_flops_per_token by convention, forward_flops_per_token by component, memory_bytes.
@@ -48,7 +48,7 @@ def show_model(name: str, seq_len: int | None = None) -> dict[str, Any]:
     """
     model = load_model(name)
     found = find_size(name)
-    seq_len = seq_len or min(model.max_seq_len, 4096)
+    seq_len = seq_len or model.max_seq_len
     params = count_params(model)
     sums = {key: getattr(params, key) for key in ("total", "active", "active_matmul", "non_embedding")}
     return {
