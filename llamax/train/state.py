@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from llamax.config.run import RunConfig
 from llamax.mesh.rules import Rules, shardings
@@ -22,15 +22,16 @@ class TrainState:
     """Weights, optimizer state, counters, and every number that does not change a shape.
 
     `step` counts optimizer updates tried, `skipped` those not applied, `average` is the running mean of the loss that
-    divergence is measured against (nats per token, NaN before the first step).
+    divergence is measured against (nats per token, NaN before the first step). The fields are not typed as arrays
+    because a tree of the same shape also holds shapes, shardings and what JAX puts there while it traces.
     """
 
-    model: Transformer
+    model: Any  # Transformer
     opt_state: Any
-    step: Int[Array, ""]
-    skipped: Int[Array, ""]
-    average: Float[Array, ""]
-    hyper: dict[str, Array]
+    step: Any  # int32 scalar
+    skipped: Any  # int32 scalar
+    average: Any  # float32 scalar
+    hyper: dict[str, Any]  # float32 scalars
 
 
 def hyper_of(config: RunConfig, total_steps: int) -> dict[str, Array]:

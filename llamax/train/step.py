@@ -22,7 +22,8 @@ from llamax.train.state import TrainState
 
 Batch = dict[str, Array]
 Metrics = dict[str, Float[Array, ""]]
-Dispatch = Callable[[TrainState, Batch, Int[Array, ""]], tuple[TrainState, Metrics, Int[Array, ""]]]
+StepMetrics = dict[str, Float[Array, " steps"]]
+Dispatch = Callable[[TrainState, Batch, Int[Array, ""]], tuple[TrainState, StepMetrics, Int[Array, ""]]]
 
 AVERAGE_DECAY = 0.98  # of the running loss that divergence is measured against: about the last 50 steps
 
@@ -137,7 +138,7 @@ def make_dispatch(config: RunConfig, rules: Rules, mesh: Mesh, abstract: TrainSt
     stop = config.train.on_divergence == "stop"
     capacity = config.train.steps_per_dispatch
 
-    def dispatch(state: TrainState, batches: Batch, count: Array) -> tuple[TrainState, Metrics, Array]:
+    def dispatch(state: TrainState, batches: Batch, count: Array) -> tuple[TrainState, StepMetrics, Array]:
         def at(i: Array) -> Batch:
             return {name: jax.lax.dynamic_index_in_dim(a, i, keepdims=False) for name, a in batches.items()}
 
