@@ -35,7 +35,7 @@ class TrainBatches:
     # Why not MapDataset.source(windows).shuffle(seed).repeat().batch(n): Grain's bookkeeping costs 20 us an element
     # and its mix() rounds weights to 1/100 of the smallest. The permutation is Grain's own, called directly, so one
     # source is in the very order that pipeline gives (a test compares them), and the rows are gathered at once: on one
-    # busy machine 8 x 128 takes FIG1 that way and FIG2 this way, 32 x 256 FIG3 and FIG4.
+    # busy machine 8 x 128 takes 239 us that way and 34 us this way, 32 x 256 890 us and 125 us.
 
     def __init__(
         self,

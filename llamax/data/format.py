@@ -25,6 +25,7 @@ from llamax.errors import UserError
 
 FORMAT = 1
 SPLITS = ("train", "held_out")
+KEYS = {"fingerprint", "key", "vocab_size", "eos_id", "tokenizer", "files", "sources", "documents", "bytes", "tokens"}
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
         raise UserError(f"{file}: format {found}, this llamax reads {FORMAT}; delete {path} and build it again")
+    if missing := KEYS - manifest.keys():
+        raise _damaged(path, "manifest.json", f"has no {', '.join(sorted(missing))}")
     return manifest
 
 

@@ -9,30 +9,22 @@ from llamax.config.load import validate
 from llamax.config.run import Bytes, Corpus
 from llamax.data.store import Store, build_store
 
-WORDS = tuple(
-    [
-        "def",
-        "return",
-        "import",
-        "self",
-        "for",
-        "in",
-        "if",
-        "else",
-        "while",
-        "class",
-        "yield",
-        "lambda",
-        "not",
-        "and",
-        "or",
-        "None",
-        "True",
-        "False",
-        "x",
-        "y",
-        "z",
-    ]
+WORDS = (
+    "def",
+    "return",
+    "import",
+    "self",
+    "for",
+    "in",
+    "if",
+    "else",
+    "while",
+    "class",
+    "yield",
+    "lambda",
+    "not",
+    "x",
+    "y",
 )
 
 

@@ -340,6 +340,9 @@ def test_open_what_is_no_store(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"format": 99}')
     with pytest.raises(UserError, match=r"manifest.json: format 99, this llamax reads 1"):
         Store.open(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": 1, "key": ""}')
+    with pytest.raises(UserError, match=r"manifest.json: has no bytes, documents, eos_id"):
+        Store.open(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["source0.train.tokens.npy", "source0.held_out.ends.npy"])
