@@ -49,6 +49,8 @@ class _Lines:
 
     def _say(self, row: dict[str, Any], done: int, state: dict[str, Any]) -> None:
         parts = [f"[{done}/{len(state['cells'])}] {row['name']} {row['state']}"]
+        if row["phase"]:
+            parts.append(row["phase"])
         if row["step"]:
             parts.append(f"step {row['step']}/{row['steps']}")
         if row["loss"] is not None:
