@@ -1,78 +1,18 @@
-"""The report's content in a reader's order, before it is HTML or Markdown: sections of a few kinds of block."""
+"""The report's content in a reader's order: what each section says and shows, and what it says when data is missing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llamax.report import plots, plots_fit
-from llamax.report.findings import answer, question, verdict, warnings, within
+from llamax.report.blocks import Block, Bullets, Figures, Grid, Section, Tile, Tiles, Words
+from llamax.report.findings import answer, question, remarks, verdict, warnings, within
 from llamax.report.read import flatten, number
-from llamax.report.style import Picture
 from llamax.report.words import MISSING, count, decimals, duration, interval, plural, power
 
 if TYPE_CHECKING:
     from llamax.report.study import Study
-
-
-@dataclass(frozen=True)
-class Words:
-    """A paragraph; `small` for notes under a figure or table."""
-
-    text: str
-    small: bool = False
-
-
-@dataclass(frozen=True)
-class Bullets:
-    """A list; `alarm` when its items are warnings."""
-
-    items: tuple[str, ...]
-    alarm: bool = False
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One number to see from afar. mood: "good", "bad" or "" (neither)."""
-
-    label: str
-    value: str
-    note: str
-    mood: str = ""
-
-
-@dataclass(frozen=True)
-class Tiles:
-    tiles: tuple[Tile, ...]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table; columns from `text` on are numbers, set to the right."""
-
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    text: int = 1
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Figures of one row, as many beside each other as fit."""
-
-    pictures: tuple[Picture, ...]
-
-
-Block = Words | Bullets | Tiles | Grid | Figures
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading with its blocks; `key` is its anchor."""
-
-    key: str
-    title: str
-    blocks: tuple[Block, ...]
 
 
 def sections(study: Study) -> tuple[Section, ...]:
@@ -122,13 +62,12 @@ def _tiles(study: Study) -> tuple[Tile, ...]:
 
 
 def _warnings(study: Study) -> Section:
-    found = warnings(study)
-    block = (
-        Bullets(tuple(found), alarm=True)
-        if found
-        else Words("None: nothing in the plan, the runs, the fits or the prediction needs one.")
-    )
-    return Section("warnings", "Warnings", (block,))
+    grave, said = warnings(study), remarks(study)
+    blocks: list[Block] = [Bullets(tuple(grave), alarm=True)] if grave else []
+    if said:
+        blocks += [Words("Said by the plan, the fits and the prediction:"), Bullets(tuple(said))]
+    nothing = Words("None: nothing in the plan, the runs, the fits or the prediction needs one.")
+    return Section("warnings", "Warnings", tuple(blocks) or (nothing,))
 
 
 def _valleys(study: Study) -> Section:

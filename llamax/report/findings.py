@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from llamax.report.words import count, decimals, interval, plural, power
 if TYPE_CHECKING:
     from llamax.report.study import Study
 
+_EXPONENT = re.compile(r"\b\d+(?:\.\d+)?e[+-]?\d+\b")  # 1.5e+12, which a reader sees as 1.5×10¹²
 MOST_NAMES = 4  # names written out in a sentence before "and so many more"
 
 
@@ -85,13 +87,19 @@ def within(claim: Mapping[str, Any]) -> bool | None:
 
 
 def warnings(study: Study) -> list[str]:
-    """Everything a reader should know before believing the numbers, each once, the gravest first."""
-    words = _about_claim(study) + _about_valleys(study) + _about_runs(study)
-    for part in (study.plan, study.fits, study.approach2, study.approach3, study.prediction):
-        given = [*_texts(part.get("warnings")), *_texts((part.get("bootstrap") or {}).get("warnings"))]
-        words += [w[:1].upper() + w[1:].rstrip(".") + "." for w in given]
-    words += [f"{problem}." for problem in study.problems]
+    """What a reader must know before believing the numbers, each once, the gravest first."""
+    words = [*_about_claim(study), *_about_valleys(study), *_about_runs(study), *(f"{p}." for p in study.problems)]
     return list(dict.fromkeys(words))
+
+
+def remarks(study: Study) -> list[str]:
+    """The warnings that the plan, the fits and the prediction carry themselves, each once, as sentences."""
+    words = []
+    for part in (study.plan, study.fits, study.approach2, study.approach3, study.prediction):
+        draws = part.get("bootstrap")
+        given = [*_texts(part.get("warnings")), *_texts(draws.get("warnings") if isinstance(draws, Mapping) else None)]
+        words += [w[:1].upper() + w[1:].rstrip(".") + "." for w in given if w]
+    return [_EXPONENT.sub(lambda m: power(float(m[0]), 3), word) for word in dict.fromkeys(words)]
 
 
 # ---------------------------------------------------------------- parts

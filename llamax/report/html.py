@@ -8,7 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from llamax.report.content import Block, Bullets, Figures, Grid, Section, Tiles, Words, sections
+from llamax.report.blocks import Block, Bullets, Figures, Grid, Section, Tiles, Words
+from llamax.report.content import sections
 from llamax.report.markdown import to_markdown
 from llamax.report.study import load_study
 from llamax.report.style import DARK, DARK_SEQUENCE, FONT, LIGHT, LIGHT_SEQUENCE, theme_variables

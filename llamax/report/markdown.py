@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from llamax.report.content import Block, Bullets, Figures, Grid, Section, Tiles, Words
+from llamax.report.blocks import Block, Bullets, Figures, Grid, Section, Tiles, Words
 
 
 def to_markdown(name: str, parts: tuple[Section, ...]) -> str:
@@ -26,7 +26,7 @@ def _block(block: Block) -> list[str]:
     if isinstance(block, Tiles):
         return _rows(("", "", ""), [(t.label, t.value, t.note) for t in block.tiles], 3)
     if isinstance(block, Figures):
-        return [f"Figure (in report.html): {_plain(picture.caption)}" for picture in block.pictures]
+        return [f"- Figure (in report.html): {_plain(picture.caption)}" for picture in block.pictures]
     return _grid(block)
 
 

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from llamax.report.content import sections
-from llamax.report.findings import answer, warnings
+from llamax.report.findings import answer, remarks, warnings
 from llamax.report.html import write_report
 from llamax.report.study import load_study
 
@@ -167,8 +167,8 @@ def test_troubled_runs_are_said(study):
 
 def test_warnings_of_plan_fit_and_prediction_are_repeated_once(study):
     for name in ("plan", "fits", "prediction"):
-        change(study / f"{name}.json", warnings=["the very same words"])
-    assert warnings(load_study(study)).count("The very same words.") == 1
+        change(study / f"{name}.json", warnings=["the very same words at 1.5e+12"])
+    assert remarks(load_study(study)).count("The very same words at 1.5×10¹².") == 1
 
 
 # ---------------------------------------------------------------- missing parts
