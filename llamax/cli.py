@@ -115,18 +115,26 @@ def sweep_plan(
     sweep: SweepSpec,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Write the plan as a study directory, ready to run.")] = None,
+    corpus_tokens: Annotated[int | None, typer.Option(help="Training tokens of the corpus, for epochs.")] = None,
+    workers: Annotated[int, typer.Option(help="Workers to estimate the time for.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Print every cell with its derived numbers and the rules that made them, before a FLOP is spent."""
-    from llamax.sweep.plan import load_sweep, make_plan, plan_tables, save_plan
+    from llamax.config.sweep import load_sweep
+    from llamax.sweep.plan import make_plan
+    from llamax.sweep.study import open_study, read_study
+    from llamax.sweep.tables import plan_tables
 
-    plan = make_plan(load_sweep(sweep, overrides or []))
+    if (Path(sweep) / "plan.json").is_file():
+        plan = read_study(Path(sweep))
+    else:
+        plan = make_plan(load_sweep(sweep, overrides or []), corpus_tokens=corpus_tokens)
     if out is not None:
-        save_plan(plan, out)
+        open_study(out, plan)
     if as_json:
         _print_json(plan.as_dict())
     else:
-        _print(*plan_tables(plan))
+        _print(*plan_tables(plan, workers))
 
 
 @sweep_app.command("run")
@@ -139,23 +147,33 @@ def sweep_run(
     as_json: Json = False,
 ) -> None:
     """Train the cells of a sweep; any number of these commands may race on one study."""
+    from llamax.config.sweep import load_sweep
+    from llamax.sweep.live import live
     from llamax.sweep.local import run_local
-    from llamax.sweep.plan import load_sweep, make_plan, save_plan
-    from llamax.sweep.status import status
+    from llamax.sweep.plan import make_plan
+    from llamax.sweep.study import open_study
+    from llamax.sweep.tables import status_table
 
     path = Path(sweep)
     if not (path / "plan.json").is_file():
         spec = load_sweep(sweep, overrides or [])
         path = directory or Path("runs") / spec.name
-        save_plan(make_plan(spec), path)
-    run_local(path, workers=workers, retry_failed=retry_failed)
-    _emit(status(path), as_json)
+        open_study(path, make_plan(spec))
+    with live() as watch:
+        found = run_local(path, workers=workers, report=watch, retry_failed=retry_failed)
+    if as_json:
+        _print_json(found)
+    else:
+        _print(status_table(found))
+    if found["counts"].get("failed"):
+        sys.exit(1)
 
 
 @sweep_app.command("status")
 def sweep_status(study: StudyPath, as_json: Json = False) -> None:
     """What is done, running, failed and pending."""
-    from llamax.sweep.status import status, status_table
+    from llamax.sweep.status import status
+    from llamax.sweep.tables import status_table
 
     found = status(study)
     if as_json:
