@@ -11,8 +11,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "llamax"
 
-# A package imports from its own row or a lower one. Rows as in the design; the modules beside the packages (command line,
-# quickstart and what they share) are the top row.
+# A package imports from its own row or a lower one. Rows as in the design; the modules beside the packages (command
+# line, quickstart and what they share) are the top row.
 ROWS = [
     {"errors"},
     {"config"},

@@ -1,6 +1,6 @@
 """Writes tests/golden/: the resolved text of every shipped config.
 
-    python tools/update_golden.py          after a change of configs/ or llamax/config; read the diff before committing it
+    python tools/update_golden.py     after a change of configs/ or llamax/config; read the diff before committing it
 
 A test compares these files with what the configs resolve to now, so that no default changes unseen.
 """

@@ -18,9 +18,9 @@ MEMORY_RULES: dict[str, str] = {
     "gradients": "4 bytes a parameter, twice that with gradient accumulation (the sum and the newest part)",
     "optimizer": "4 bytes each: AdamW 2 a parameter; Muon 1 for matrices, 2 for the rest; Lion and SGD 1; "
     "Adafactor a row and a column for matrices of 128 or more on both sides, else 1 a parameter",
-    "activations": "what the backward pass keeps of one microbatch, and one layer's float32 attention scores with their "
-    "gradient. none: every intermediate of every layer, attention weights included; dots: each unit's input and its "
-    "weight matmuls' results, and one unit's intermediates; full: each unit's input, and one unit's intermediates",
+    "activations": "what the backward pass keeps of one microbatch, and one layer's float32 attention scores with "
+    "their gradient. none: every intermediate of every layer, attention weights included; dots: each unit's input and "
+    "its weight matmuls' results, and one unit's intermediates; full: each unit's input, and one unit's intermediates",
     "logits": "two float32 arrays (logits, their gradient) of vocab_size for loss_chunk tokens (null: the microbatch)",
     "total": "the sum, over the whole mesh: divide by the devices for what is sharded over all of them",
 }

@@ -1,1 +1,1 @@
-"""What can be asked for: strict, frozen config sections, the files that fill them, and the errors of bad ones. No JAX."""
+"""What can be asked for: strict, frozen config sections, the files that fill them, messages for bad ones. No JAX."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,7 +32,7 @@ def validate(cls: type[C], data: Any, where: str) -> C:
         UserError: unknown key, wrong type, impossible combination.
     """
     try:
-        return cls.model_validate_json(_json(data))  # JSON mode: strict, yet lists become tuples and 1 a float
+        return cls.model_validate_json(_json(data, where))  # JSON mode: strict, yet lists become tuples and 1 a float
     except ValidationError as error:
         lines = explain(cls, data, error)
         raise UserError("\n".join(f"{where}: {line}" for line in lines)) from None
@@ -156,10 +157,22 @@ def diff(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[t
 
 
 # ---------------------------------------------------------------- messages
-def _json(data: Any) -> str:
-    import json
-
+def _json(data: Any, where: str) -> str:
     try:
         return json.dumps(data, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"config: a value is not plain data ({error}); use numbers, text, lists and mappings") from None
+    except (TypeError, ValueError):
+        path, value = _not_plain(data, ())
+        raise UserError(
+            f"{where}: {'.'.join(path)} = {value!r} cannot be in a config; use finite numbers, text, lists and mappings"
+        ) from None
+
+
+def _not_plain(node: Any, path: tuple[str, ...]) -> tuple[tuple[str, ...], Any]:
+    """The first value that JSON cannot hold (infinity, NaN, a date), with its path."""
+    inside = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list | tuple) else ()
+    for key, item in inside:
+        try:
+            json.dumps(item, allow_nan=False)
+        except (TypeError, ValueError):
+            return _not_plain(item, (*path, str(key)))
+    return path, node

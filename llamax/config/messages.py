@@ -30,16 +30,19 @@ def _line(cls: type[BaseModel], data: Any, error: Any) -> str:
     if isinstance(value, Mapping):
         return f"{path}: {_lower(error['msg'])}, not a mapping of fields ({', '.join(map(str, value)) or 'empty'})"
     hint = f", for example {{kind: {value}}}" if value in _kinds(cls, error["loc"]) else ""
+    value = list(value) if isinstance(value, tuple) else value
     return f"{path} = {value!r}: {_lower(error['msg'])}{hint}"
 
 
+# Pydantic speaks of objects and tuples; the reader wrote YAML.
+_WORDS = {"be an object": "be a mapping of fields", "valid array": "list", "Tuple ": "List ", " after validation": ""}
+
+
 def _lower(message: str) -> str:
-    """Pydantic's sentence inside ours, in the words of YAML."""
-    return (
-        (message[:1].lower() + message[1:])
-        .replace("be an object", "be a mapping of fields")
-        .replace("valid array", "list")
-    )
+    """Pydantic's sentence inside ours."""
+    for theirs, ours in _WORDS.items():
+        message = message.replace(theirs, ours)
+    return message[:1].lower() + message[1:]
 
 
 def _written(loc: Sequence[Any], data: Any) -> list[str]:

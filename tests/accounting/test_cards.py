@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from llamax.accounting import list_models, show_model
@@ -38,6 +43,19 @@ def test_show_by_name_and_hub_id(name: str) -> None:
     assert shown["memory_bytes"]["weights_bfloat16"] == 2 * 8_030_261_248
     assert sum(shown["forward_flops_per_token"].values()) * 3 == shown["training_flops_per_token"]["causal"]
     assert shown["config"]["attention"]["kv_heads"] == 8
+
+
+def test_listing_takes_less_than_half_a_second() -> None:
+    """Processor seconds of a fresh interpreter, best of three: wall time would measure the machine's other work."""
+
+    def seconds() -> float:
+        before = os.times()
+        code = "from llamax.accounting.cards import list_models; assert len(list_models()) > 30"
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[2])
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
+
+    assert min(seconds() for _ in range(3)) < 0.5
 
 
 def test_show_a_ladder_size() -> None:
