@@ -40,7 +40,7 @@ class Segment(Frozen):
     @field_validator("unit", mode="before")
     @classmethod
     def _tuple(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
+        return tuple(_whole(part) for part in value) if isinstance(value, list | tuple) else value
 
 
 class Embedding(Frozen):
@@ -144,3 +144,10 @@ def _block(own: dict[str, Any], part: dict[str, Any], where: str) -> Block:
         return Block.model_validate(data)
     except ValidationError as error:
         raise ValueError("; ".join(f"{where}: {line}" for line in explain(Block, data, error))) from None
+
+
+def _whole(value: Any) -> Any:
+    """Whole floats as integers: a unit is untyped data, and `theta: 1e6` and `theta: 1000000` are one config."""
+    if isinstance(value, dict):
+        return {key: _whole(item) for key, item in value.items()}
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -160,6 +160,15 @@ def test_segments_resolve_to_blocks() -> None:
     assert [repeat for repeat, _ in config.model.blocks] == [2, 1]
 
 
+def test_a_unit_is_the_same_config_however_its_numbers_are_written() -> None:
+    a, b = (
+        load_run("tiny", [f"model.segments=[{{repeat: 2, unit: [{{position: {{theta: {theta}}}}}]}}]"])
+        for theta in ("1000000", "1000000.0")
+    )
+    assert (a, hash(a), a.hash8) == (b, hash(b), b.hash8)
+    assert a.model.layers[0].position.as_dict()["theta"] == 1e6
+
+
 def test_a_unit_can_change_a_component() -> None:
     moe = "{mlp: {kind: moe, experts: 4, top_k: 2, expert: {kind: swiglu, d_ff: 8}}}"
     config = load_run("tiny", [f"model.segments=[{{repeat: 1}}, {{repeat: 1, unit: [{moe}]}}]"])
