@@ -126,7 +126,7 @@ def test_xla_counts_the_same_products(change: dict[str, Any]) -> None:
     """XLA's count of an unrolled model: the forward pass, and a training step at three times as much.
 
     XLA multiplies all pairs of positions and masks afterwards, so it is compared with the count at full attention
-    (causal with every key); it also counts norms, softmax and activations, a few percent at this size.
+    (causal with every key); it also counts norms, softmax and activations, about one percent here (the causal half would be three).
     """
     from llamax.model.execution import Execution
     from llamax.model.loss import next_token_loss
@@ -146,11 +146,11 @@ def test_xla_counts_the_same_products(change: dict[str, Any]) -> None:
         return next_token_loss(m, t, None, None, jnp.float32(0.0), None, execution)[0]
 
     forward = xla_flops(lambda m, t: m(t, None, execution), made, tokens)
-    assert forward == pytest.approx(brute_force(model, seq_len, causal=False) * batch, rel=0.04)
+    assert forward == pytest.approx(brute_force(model, seq_len, causal=False) * batch, rel=0.02)
     assert forward > brute_force(model, seq_len, causal=False) * batch  # XLA has more to count, never less
     if not change:
         step = xla_flops(jax.grad(loss), made, more)
-        assert step == pytest.approx(3 * brute_force(model, seq_len, causal=False) * batch, rel=0.06)
+        assert step == pytest.approx(3 * brute_force(model, seq_len, causal=False) * batch, rel=0.02)
 
 
 def xla_flops(function: Any, *args: Any) -> float:
