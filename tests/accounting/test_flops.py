@@ -126,7 +126,8 @@ def test_xla_counts_the_same_products(change: dict[str, Any]) -> None:
     """XLA's count of an unrolled model: the forward pass, and a training step at three times as much.
 
     XLA multiplies all pairs of positions and masks afterwards, so it is compared with the count at full attention
-    (causal with every key); it also counts norms, softmax and activations, about one percent here (the causal half would be three).
+    (causal with every key); it also counts norms, softmax and activations, about one percent
+    here (the causal half would be three).
     """
     from llamax.model.execution import Execution
     from llamax.model.loss import next_token_loss
