@@ -9,23 +9,10 @@ from llamax.config.load import validate
 from llamax.config.run import Bytes, Corpus
 from llamax.data.store import Store, build_store
 
-WORDS = (
-    "def",
-    "return",
-    "import",
-    "self",
-    "for",
-    "in",
-    "if",
-    "else",
-    "while",
-    "class",
-    "yield",
-    "lambda",
-    "not",
-    "x",
-    "y",
-)
+WORDS = [
+    *("def", "return", "import", "self", "for", "in", "if", "else", "while", "class", "yield", "lambda"),
+    *("not", "and", "or", "None", "True", "False", "x", "y", "z"),
+]
 
 
 def text(seed: int, words: int = 60) -> str:
