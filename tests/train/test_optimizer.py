@@ -355,10 +355,9 @@ def test_param_table_of_the_real_model_has_every_parameter_in_its_group():
     table = {info.path: info for info in param_table(model)}
     by_group = {group: [info.view for info in table.values() if info.group == group] for group in GROUPS}
     d, d_ff, layers, kv = 4096, 14336, 32, 1024
-    assert sorted(by_group["matrix"]) == sorted(
-        [(layers, d, d), (layers, d, kv), (layers, d, kv), (layers, d, d)]
-        + [(layers * 8, d, d_ff), (layers * 8, d, d_ff), (layers * 8, d_ff, d)]
-    )
+    attention = [(layers, d, d), (layers, d, kv), (layers, d, kv), (layers, d, d)]
+    experts = [(layers * 8, d, d_ff), (layers * 8, d, d_ff), (layers * 8, d_ff, d)]
+    assert sorted(by_group["matrix"]) == sorted(attention + experts)
     assert by_group["router"] == [(layers, d, 8)]
     assert by_group["embedding"] == [(1, 32000, d)]
     assert by_group["head"] == [(1, d, 32000)]
