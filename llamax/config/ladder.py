@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from functools import lru_cache
 from typing import Any
@@ -15,11 +16,12 @@ LADDER = re.compile(r"^(?P<ladder>[a-z0-9_]+)/d(?P<width>\d+)$")
 def ladder_model(name: str) -> dict[str, Any] | None:
     """The model data of `ladder/d64` and the like (any width the rule divides), or None if `name` is no ladder size.
 
-    The rule, with the numbers of configs/ladders/<ladder>.yaml: layers = max(min, round(a * d ** b)),
-    head_dim = the entry of the table for that width, d_ff = d_ff_ratio * d rounded up to `multiple`.
+    The rule, with the numbers of configs/ladders/<ladder>.yaml: layers = max(min, round(a * d ** b)), heads = the
+    count whose head_dim = d / heads is even and nearest in ratio to the target for that width, d_ff = ratio * d
+    rounded up to `multiple`.
 
     Raises:
-        UserError: a width the rule cannot divide into heads.
+        UserError: a width that is not a multiple of the ladder's.
     """
     match = LADDER.match(name)
     if match is None:
@@ -31,16 +33,15 @@ def ladder_model(name: str) -> dict[str, Any] | None:
         near = max(multiple, round(d_model / multiple) * multiple)
         raise UserError(f"ladder width d{d_model}: widths are multiples of {multiple}; the nearest is d{near}")
     layers = max(rule["layers"]["min"], round(rule["layers"]["a"] * d_model ** rule["layers"]["b"]))
-    head_dim = next(
-        row["head_dim"] for row in rule["head_dims"] if d_model >= row["from_width"] and d_model % row["head_dim"] == 0
-    )
+    target = next(row["target"] for row in rule["head_dims"] if d_model >= row["from_width"])
+    choices = [heads for heads in range(1, d_model // 2 + 1) if d_model % (2 * heads) == 0]
+    heads = min(choices, key=lambda h: abs(math.log(d_model / h / target)))
     step = rule["d_ff"]["multiple"]
     d_ff = -(-int(rule["d_ff"]["ratio"] * d_model) // step) * step
-    heads = d_model // head_dim
     model = dict(rule["model"])
     model["d_model"] = d_model
     model["segments"] = [{"repeat": layers}]
-    model["attention"] = {**model.get("attention", {}), "heads": heads, "kv_heads": heads, "head_dim": head_dim}
+    model["attention"] = {**model.get("attention", {}), "heads": heads, "kv_heads": heads, "head_dim": d_model // heads}
     model["mlp"] = {**model["mlp"], "d_ff": d_ff}
     return model
 

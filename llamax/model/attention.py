@@ -46,8 +46,8 @@ def attend(
 
 def _attend(q: Array, k: Array, v: Array, segments: Array | None, logits: Logits, compute: str) -> tuple[Array, tuple[Array, ...]]:
     batch, seq, heads, dim = q.shape
-    grouped = q.reshape(batch, seq, k.shape[2], heads // k.shape[2], dim)
-    scores = _einsum("btjgd,bsjd->bjgts", grouped, k, compute) * logits.scale
+    grouped = q.reshape(batch, seq, k.shape[2], heads // k.shape[2], dim) * logits.scale  # smaller than the scores
+    scores = _einsum("btjgd,bsjd->bjgts", grouped, k, compute)
     slope = ()
     if logits.softcap is not None:
         tanh = jnp.tanh(scores / logits.softcap)
@@ -92,9 +92,8 @@ def _attend_backward(logits, compute, saved, g):  # type: ignore[no-untyped-def]
     ds = wide * (dp - jnp.sum(wide * dp, axis=-1, keepdims=True))
     if slope:
         ds = ds * slope[0]
-    ds = ds * logits.scale
-    dq = _einsum("bjgts,bsjd->btjgd", ds, k, compute).reshape(q.shape)
-    dk = _einsum("bjgts,btjgd->bsjd", ds, q5, compute)
+    dq = _einsum("bjgts,bsjd->btjgd", ds, k, compute).reshape(q.shape) * logits.scale
+    dk = _einsum("bjgts,btjgd->bsjd", ds, q5 * logits.scale, compute)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from llamax.model.linear import DOT
+
 
 class Execution(NamedTuple):
     """Static choices that change speed and memory but not the function computed.
@@ -32,7 +34,7 @@ class Execution(NamedTuple):
         """`function` rematerialized as `remat` asks."""
         if self.remat == "none":
             return function
-        policy = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims if self.remat == "dots" else None
+        policy = jax.checkpoint_policies.save_only_these_names(DOT) if self.remat == "dots" else None
         return jax.checkpoint(function, policy=policy)
 
     def place(self, x: jax.Array) -> jax.Array:

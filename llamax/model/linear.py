@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from llamax.config.components import Init
@@ -46,13 +47,20 @@ def residual_gain(init: Init, layer: Array | int, layers: int) -> Float[Array, "
     return jax.lax.rsqrt(2.0 * jnp.asarray(depth, jnp.float32))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+DOT = "dot"  # the name under which products are kept by remat=dots; a policy cannot see inside a custom rule
+
+
 def contract(x: Array, w: Array, inputs: int, compute: str) -> Array:
     """x [..., I...] times w [I..., O...] over the `inputs` axes I: [..., O...] in x's dtype.
 
     Operands are cast to `compute`, products accumulate in float32. The backward pass does the same, which autodiff of
     a mixed-precision product would not: it would multiply float32 cotangents.
     """
+    return checkpoint_name(_contract(x, w, inputs, compute), DOT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _contract(x: Array, w: Array, inputs: int, compute: str) -> Array:
     return _dot(x, w, inputs, compute).astype(x.dtype)
 
 
@@ -67,7 +75,7 @@ def _general(a: Array, b: Array, dims: tuple[tuple[int, ...], tuple[int, ...]], 
 
 
 def _forward(x: Array, w: Array, inputs: int, compute: str) -> tuple[Array, tuple[Array, Array]]:
-    return contract(x, w, inputs, compute), (x, w)
+    return _contract(x, w, inputs, compute), (x, w)
 
 
 def _backward(inputs: int, compute: str, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
@@ -78,4 +86,4 @@ def _backward(inputs: int, compute: str, saved: tuple[Array, Array], g: Array) -
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
-contract.defvjp(_forward, _backward)
+_contract.defvjp(_forward, _backward)
