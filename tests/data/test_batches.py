@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from llamax.config.run import Bytes, Corpus
 from llamax.data import batches as batches_module
 from llamax.data.batches import TrainBatches, eval_batches, held_out_bytes_per_token
+from llamax.data.format import Split
 from llamax.data.store import Store, build_store
 from llamax.errors import UserError
 from tests.data.corpora import of_folder, small_store, write_texts
@@ -113,6 +114,16 @@ def test_segments_number_the_documents_of_a_window(store: Store) -> None:
         expected = 1 + np.concatenate([np.zeros((4, 1), np.int32), ended[:, :-1]], axis=1)
         np.testing.assert_array_equal(batch["segments"], expected)
     assert expected.max() > 2
+
+
+def test_segments_at_every_alignment() -> None:
+    """Windows that start or end on a boundary, one before, one after, against counting by hand."""
+    split = Split(np.arange(12, dtype=np.uint8), np.array([2, 3, 7, 12], np.int64))
+    document = [0, 0, 1, 2, 2, 2, 2, 3, 3, 3, 3, 3]
+    for length in range(1, 13):
+        starts = np.arange(13 - length, dtype=np.int64)
+        expected = [[document[a + i] - document[a] + 1 for i in range(length)] for a in starts]
+        np.testing.assert_array_equal(batches_module.segments(split, starts, length), expected)
 
 
 def test_mixture_draws_by_weight_at_every_point(mixture: Store) -> None:
