@@ -27,7 +27,7 @@ def cross_entropy(
     """(sum of weighted -log p, sum of weighted z_loss x log(Z)^2), in nats, `chunk` positions of logits at a time.
 
     z-loss is PaLM's (arXiv:2204.02311). Differentiated, the gradients of x, w and bias are formed in the same pass over
-    the chunks, so logits are computed once and never stored.
+    the chunks, so logits are computed once and never stored: differentiate the sum of the two, never one alone.
     """
     sums, _ = _scan(x, w, bias, targets, weights, z_loss, softcap, chunk, compute, gradients=False)
     return sums
@@ -88,7 +88,7 @@ def _forward(x, w, bias, targets, weights, z_loss, softcap, chunk, compute):  # 
 def _backward(softcap, chunk, compute, saved, g):  # type: ignore[no-untyped-def]
     # The saved gradients are of nll + z together: the two sums are always added with equal weight.
     dx, dw, db = saved
-    return (dx * g[0].astype(dx.dtype), dw * g[0], None if db is None else db * g[0], None, None, None)
+    return ((dx * g[0]).astype(dx.dtype), dw * g[0], None if db is None else db * g[0], None, None, None)
 
 
 cross_entropy.defvjp(_forward, _backward)

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llamax.config.components import DenseMlp, Init
+from llamax.model.execution import Execution
+from llamax.model.mlp import FeedForward
+
+from . import reference
+from .modules import randomized
+
+NONLINEARITIES = {
+    "swiglu": reference.silu,
+    "geglu": reference.erf_free_gelu,
+    "reglu": lambda x: x * (x > 0),
+    "relu2": lambda x: (x * (x > 0)) ** 2,
+    "gelu": reference.erf_free_gelu,
+    "silu": reference.silu,
+}
+GATED = ("swiglu", "geglu", "reglu")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", NONLINEARITIES)
+def test_value_and_gradient(kind: str, bias: bool) -> None:
+    layer = randomized(
+        lambda key: FeedForward(DenseMlp(kind=kind, d_ff=5, bias=bias), 4, Init(), jnp.float32(1), key=key)
+    )
+    x, g = np.random.default_rng(1).standard_normal((2, 2, 3, 4)).astype(np.float32)
+    names = ["up", "down"] + ["gate"] * (kind in GATED)
+    names += [f"{name}_bias" for name in names] if bias else []
+    values = {name: np.asarray(getattr(layer, name)[...], np.float64) for name in names}
+    assert len(jax.tree.leaves(layer)) == len(names)
+
+    def plain(**changed: np.ndarray) -> np.ndarray:
+        p = {"x": x, **values, **changed}
+        up = p["x"] @ p["up"] + p.get("up_bias", 0)
+        f = NONLINEARITIES[kind]
+        hidden = f(p["x"] @ p["gate"] + p.get("gate_bias", 0)) * up if kind in GATED else f(up)
+        return hidden @ p["down"] + p.get("down_bias", 0)
+
+    @jax.jit
+    def both(layer, x):  # type: ignore[no-untyped-def]
+        y, vjp = jax.vjp(lambda m, x: m(x, Execution()), layer, x)
+        return y, *vjp(jnp.asarray(g))
+
+    y, d_layer, dx = both(layer, x)
+    np.testing.assert_allclose(y, plain(), atol=2e-6)
+    found = {"x": dx, **{name: getattr(d_layer, name)[...] for name in names}}
+    for name, gradient in found.items():
+        start = x if name == "x" else values[name]
+        exact = reference.numeric_gradient(lambda v, name=name: float((g * plain(**{name: v})).sum()), start)
+        np.testing.assert_allclose(gradient, exact, atol=1e-5, err_msg=name)
