@@ -78,7 +78,7 @@ def test_large_logits_stay_finite() -> None:
     assert float(nats) == 2e4
 
 
-@pytest.mark.parametrize("factor", [1 / 3, 1.005])
+@pytest.mark.parametrize("factor", [1 / 3, 0.7])
 def test_bfloat16_features_keep_their_scale(factor: float) -> None:
     """The loss is divided by the token count after the sums: that factor must not be rounded to bfloat16."""
     rng = np.random.default_rng(0)
