@@ -194,7 +194,8 @@ Mlp = Annotated[DenseMlp | MoeMlp, Field(discriminator="kind")]
 
 # ---------------------------------------------------------------- initialization
 class Init(Frozen):
-    """How weights start. `normal`: std everywhere; `fan_in`: std = 1/sqrt(fan_in) a matrix (embeddings keep `std`).
+    """How weights start. `normal`: std everywhere; `fan_in`: std = 1/sqrt(fan_in) a matrix, a tied embedding as the
+    head it also is (1/sqrt(d_model)); other embeddings keep `std`.
 
     `depth_scaling` shrinks the matrices that write to the residual stream: `total` by 1/sqrt(2 L) (GPT-2), `layer` by
     1/sqrt(2 (l + 1)) at layer l (arXiv:1908.11365), `none` not at all.

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from llamax.config.components import Init, Rope
 from llamax.config.model import Block, ModelConfig
+from llamax.errors import UserError
 from llamax.model.block import DecoderBlock, Statistics
 from llamax.model.execution import Execution
 from llamax.model.linear import contract, parameter, weight
@@ -68,8 +69,9 @@ class Transformer(nnx.Module):
         k_embed, k_head, k_position, k_stack = jax.random.split(key, 4)
         d, vocab, init = config.d_model, config.vocab_size, config.init
         self.config = config
-        # Embeddings keep init.std whatever init.kind says: a lookup has no fan-in.
-        plain = init.model_copy(update={"kind": "normal"})
+        # A lookup has no fan-in; a tied table is also the head, whose fan-in is d_model.
+        std = d**-0.5 if init.kind == "fan_in" and config.head.tied else init.std
+        plain = init.model_copy(update={"kind": "normal", "std": std})
         self.embedding = weight(k_embed, (vocab, d), ("vocab", "embed"), plain, inputs=0, group="embedding")
         if config.position.kind == "learned":
             self.position = weight(
@@ -111,8 +113,14 @@ class Transformer(nnx.Module):
         segments: Int[Array, "batch seq"] | None = None,
         execution: Execution = Execution(),
     ) -> tuple[Float[Array, "batch seq d_model"], LayerStatistics]:
-        """(final normed residual stream, router statistics [moe layers] in layer order, empty for a dense model)."""
+        """(final normed residual stream, router statistics [moe layers] in layer order, empty for a dense model).
+
+        Raises:
+            UserError: more tokens than learned positions.
+        """
         config, seq = self.config, tokens.shape[1]
+        if config.position.kind == "learned" and seq > config.max_seq_len:
+            raise UserError(f"{seq} tokens exceed the learned positions, model.max_seq_len={config.max_seq_len}; shorten them")
         x = self.embedding[...][tokens].astype(execution.activation_dtype)
         if config.embedding.scale == "sqrt_d_model":
             x = x * jnp.asarray(config.d_model**0.5, x.dtype)
