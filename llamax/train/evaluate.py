@@ -29,9 +29,16 @@ def evaluate(
 ) -> tuple[float, int]:
     """(mean nats per token, tokens) over `batches` of tokens [batch, seq + 1] and weights [batch, seq].
 
-    Sums are added on the host in float64, in order, so the result does not depend on how batches were grouped in time.
+    Sums are added on the host in float64, in order. The next batch is taken when the one before the last is done, so
+    that `batches` may end early and few of them are on the device.
     """
-    sums = [_sums(model, batch, loss_chunk, execution) for batch in batches]  # dispatched ahead of the first fetch
-    nats = float(np.sum([np.float64(n) for n, _ in sums]))
-    tokens = float(np.sum([np.float64(w) for _, w in sums]))
-    return (nats / tokens if tokens else float("nan")), int(tokens)
+    total = np.zeros(2)
+    running: list[Any] = []
+    for batch in batches:
+        running.append(_sums(model, batch, loss_chunk, execution))
+        if len(running) > 1:
+            total += np.array(running.pop(0), np.float64)
+    for sums in running:
+        total += np.array(sums, np.float64)
+    nats, tokens = float(total[0]), int(total[1])
+    return (nats / tokens if tokens else float("nan")), tokens

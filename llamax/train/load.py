@@ -14,7 +14,7 @@ from llamax.config.run import RunConfig
 from llamax.data.batches import eval_batches
 from llamax.data.open import open_data
 from llamax.errors import UserError
-from llamax.mesh.rules import batch_sharding, load_rules, make_mesh, shardings
+from llamax.mesh.rules import batch_sharding, batch_ways, load_rules, make_mesh, shardings
 from llamax.mesh.start import start
 from llamax.model.transformer import Transformer
 from llamax.train.checkpoints import load_params
@@ -55,7 +55,8 @@ def evaluate_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str
     """
     start()
     model, trained = load(run_dir)
-    config = run_from_data(trained.as_dict(), overrides, where=str(run_dir))
+    here = {**trained.as_dict(), "mesh": {"rules": trained.mesh.rules}}  # this machine's devices, not the training's
+    config = run_from_data(here, overrides, where=str(run_dir))
     if config.model != trained.model:
         raise UserError(f"{run_dir}: model.* cannot be changed for an evaluation; drop those overrides")
     store = open_data(config.data)
@@ -67,9 +68,10 @@ def evaluate_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str
     mesh = make_mesh(config.mesh)
     rules = load_rules(config.mesh.rules)
     place = batch_sharding(rules, mesh)
+    ways = batch_ways(rules, mesh)
     batches = eval_batches(
         store,
-        batch_size=config.train.batch_size,
+        batch_size=-(-config.train.batch_size // ways) * ways,  # padding does not count
         seq_len=config.train.seq_len,
         max_tokens=config.data.eval_tokens,
         mask_documents=config.data.mask_documents,

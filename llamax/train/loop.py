@@ -106,28 +106,33 @@ class _Session:
         steps = self.horizon.steps
         with Checkpoints(self.run_dir.path / "checkpoints", self.config.checkpoint, on_warning=_warn) as checkpoints:
             self._progress(0, "restore")
-            state, step = self._restore(checkpoints)
+            state, step, cause = self._restore(checkpoints)
             self._progress(step, "compile")
-            dispatch = self._compile(state) if step < steps else None
+            dispatch = self._compile(state) if step < steps and cause is None else None
             with stop_signals() as stop:
-                state, step, cause = self._train(dispatch, state, step, checkpoints, stop)
-                checkpoints.save(step, state, self._meta(), permanent=True)
-                loss, tokens = self._evaluate(state, step, stop)
+                if dispatch is not None:
+                    state, step, cause = self._train(dispatch, state, step, checkpoints, stop)
+                checkpoints.save(step, state, self._meta(cause), permanent=True)
+                found = self._evaluate(state, step, stop)
                 checkpoints.wait()
+                if found is None:
+                    raise Interrupted(stop.signal or "", step)
+                loss, tokens = found
             result = self._result(step, cause, int(state.skipped), loss, tokens)
             self.run_dir.finish(result)
         self._progress(step, "done")
         return result
 
-    def _restore(self, checkpoints: Checkpoints) -> tuple[TrainState, int]:
+    def _restore(self, checkpoints: Checkpoints) -> tuple[TrainState, int, str | None]:
+        """(state, steps tried, cause of divergence) to continue from."""
         found = checkpoints.restore(self.abstract)
         if found is None:
             self.run_dir.rewind(0)
-            return init_state(self.config, self.horizon.steps, self.abstract), 0
+            return init_state(self.config, self.horizon.steps, self.abstract), 0, None
         step, state, meta = found
-        self.seconds_before = float(meta.get("seconds", 0.0))
+        self.seconds_before, self.loss = float(meta.get("seconds", 0.0)), meta.get("loss")
         self.run_dir.rewind(step)
-        return state, step
+        return state, step, meta.get("cause")
 
     def _compile(self, state: TrainState) -> Dispatch:
         """The dispatch compiled ahead of time, so that its seconds never count as training."""
@@ -136,46 +141,63 @@ class _Session:
         return lowered.compile()
 
     def _train(
-        self, dispatch: Dispatch | None, state: TrainState, step: int, checkpoints: Checkpoints, stop: StopRequest
+        self, dispatch: Dispatch, state: TrainState, step: int, checkpoints: Checkpoints, stop: StopRequest
     ) -> tuple[TrainState, int, str | None]:
         """Dispatch until the horizon, one dispatch ahead of the metrics; (state, steps tried, cause of divergence)."""
         steps, cause = self.horizon.steps, None
+        if self._evaluation_due(step):
+            self._evaluate(state, step, stop)  # a checkpoint is saved before its evaluation, which may not have ended
         self.fetched_at = (step, time.perf_counter())
         pending: Pending | None = None
         batches = self._load(step)
-        while dispatch is not None and step < steps and cause is None:
+        while step < steps and cause is None:
             count = self._count(step)
             state, metrics, ran = dispatch(state, batches, jnp.int32(count))
             previous, pending = pending, (step, metrics, ran)
             step += count
             batches = self._load(step) if step < steps else batches
             cause = self._fetch(previous)
-            evaluate_now = step < steps and _is_due(self.config.train.eval_every_steps, step)
             save = checkpoints.due(step) if step < steps else None
-            if cause is not None or not (evaluate_now or save or stop):
+            if cause is not None or not (self._evaluation_due(step) or save or stop):
                 continue
             cause, pending = self._fetch(pending), None
-            if cause is None and (save or stop):
-                checkpoints.save(step, state, self._meta(), permanent=save == "permanent")
-            if cause is None and stop.signal:
-                checkpoints.wait()
-                raise Interrupted(stop.signal, step)
-            if cause is None and evaluate_now:
-                self._evaluate(state, step, stop)
+            if cause is None:
+                self._pause(state, step, save, checkpoints, stop)
+                self.fetched_at = (step, time.perf_counter())
         cause = cause or self._fetch(pending)
         return state, int(state.step), cause
 
+    def _pause(
+        self, state: TrainState, step: int, save: str | None, checkpoints: Checkpoints, stop: StopRequest
+    ) -> None:
+        """Between two dispatches: save, evaluate, and end here if a signal asks for it."""
+        if save:
+            checkpoints.save(step, state, self._meta(), permanent=save == "permanent")
+        if self._evaluation_due(step) and not stop:
+            self._evaluate(state, step, stop)
+        if stop.signal:
+            checkpoints.save(step, state, self._meta(), permanent=False)
+            checkpoints.wait()
+            raise Interrupted(stop.signal, step)
+
     # ------------------------------------------------------------ pieces
     def _count(self, step: int) -> int:
-        """How many steps the next dispatch takes: up to the next boundary, and to about SECONDS_PER_DISPATCH."""
+        """How many steps the next dispatch takes: up to the next boundary, and to about SECONDS_PER_DISPATCH.
+
+        One until a step has been timed: ten steps of a large model on a small machine would answer no signal for
+        minutes.
+        """
         train, checkpoint = self.config.train, self.config.checkpoint
         count = min(train.steps_per_dispatch, self.horizon.steps - step)
         for every in (checkpoint.every_steps, train.eval_every_steps):
             if every is not None:
                 count = min(count, every - step % every)
-        if self.train_steps:
-            count = min(count, max(1, int(SECONDS_PER_DISPATCH * self.train_steps / max(self.train_seconds, 1e-9))))
-        return count
+        timed = SECONDS_PER_DISPATCH * self.train_steps / max(self.train_seconds, 1e-9)
+        return min(count, max(1, int(timed)))
+
+    def _evaluation_due(self, step: int) -> bool:
+        every = self.config.train.eval_every_steps
+        return every is not None and 0 < step < self.horizon.steps and step % every == 0
 
     def _load(self, step: int) -> dict[str, jax.Array]:
         """The batches of the dispatch that starts at `step` on the mesh, padded with zeros to the compiled capacity."""
@@ -207,12 +229,10 @@ class _Session:
         rate = (first + count - before) * self.tokens_per_step / elapsed
         rows = [self._row(first + i + 1, {k: float(v[i]) for k, v in metrics.items()}, rate) for i in range(count)]
         every, last = self.config.log.every_steps, self.horizon.steps
-        bad = count and self._diverged(rows[-1])
-        kept = [r for r in rows if r["step"] % every == 0 or r["step"] in (1, last) or (bad and r is rows[-1])]
-        self.run_dir.log(kept)
+        self.run_dir.log([r for r in rows if r["step"] % every == 0 or r["step"] in (1, last) or r["bad"]])
         self.loss, self.rate = rows[-1]["loss"], rate
         self._progress(first + count, "train")
-        return bad if bad and self.config.train.on_divergence == "stop" else None
+        return self._diverged(rows[-1]) if self.config.train.on_divergence == "stop" else None
 
     def _diverged(self, row: dict[str, Any]) -> str | None:
         """Why this row's step was refused, or None; the limit is the step's own, seen in whether weights moved."""
@@ -235,8 +255,8 @@ class _Session:
         found = mfu(self.flops_per_token["causal"] * rate, device, self.mesh.size, self.config.train.compute_dtype)
         return row if found is None else {**row, "mfu": found.fraction, "mfu_convention": "causal", "mfu_peak": found.peak_flops_per_second}
 
-    def _evaluate(self, state: TrainState, step: int, stop: StopRequest) -> tuple[float, int]:
-        """Loss on the held-out split, logged to evals.jsonl."""
+    def _evaluate(self, state: TrainState, step: int, stop: StopRequest) -> tuple[float, int] | None:
+        """(loss, tokens) of the held-out split, logged to evals.jsonl; None if a signal cut it short."""
         self._progress(step, "eval")
         train = self.config.train
         place = batch_sharding(self.rules, self.mesh)
@@ -249,12 +269,14 @@ class _Session:
                 max_tokens=self.config.data.eval_tokens,
                 mask_documents=self.config.data.mask_documents,
             ):
-                if stop.signal:
-                    raise Interrupted(stop.signal, step)
+                if stop:
+                    return
                 yield {name: jax.make_array_from_process_local_data(place, a) for name, a in batch.items()}
 
         execution = execution_of(self.config, self.rules, self.mesh)
         loss, tokens = evaluate(state.model, placed(), loss_chunk=train.loss_chunk, execution=execution)
+        if stop:
+            return None
         row = {"step": step, "tokens": step * self.tokens_per_step, "loss": loss, "eval_tokens": tokens}
         self.run_dir.log_eval({**row, "bits_per_byte": self._bits_per_byte(loss), "seconds": self._seconds()})
         return loss, tokens
@@ -291,8 +313,9 @@ class _Session:
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.clock
 
-    def _meta(self) -> dict[str, Any]:
-        return {"seconds": self._seconds(), "fingerprint": self.store.fingerprint}
+    def _meta(self, cause: str | None = None) -> dict[str, Any]:
+        """What the next process needs besides the state, also when only the evaluation is left to do."""
+        return {"seconds": self._seconds(), "fingerprint": self.store.fingerprint, "loss": self.loss, "cause": cause}
 
     def _progress(self, step: int, phase: str) -> None:
         rate = self.rate
@@ -326,10 +349,6 @@ def _check_batch(config: RunConfig, ways: int) -> None:
             f"train.batch_size={config.train.batch_size} / train.grad_accumulation={config.train.grad_accumulation} = {micro} "
             f"sequences are not divisible by the mesh's {ways} batch shards; choose a multiple of {ways * config.train.grad_accumulation}"
         )
-
-
-def _is_due(every: int | None, step: int) -> bool:
-    return every is not None and step % every == 0
 
 
 def _silent(progress: Progress) -> None:

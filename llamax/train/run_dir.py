@@ -53,8 +53,12 @@ class Run:
             append_rows(self.path / METRICS, rows)
 
     def log_eval(self, row: Mapping[str, Any]) -> None:
-        """Append one row, with a `step`, to evals.jsonl. Raises UserError when the disk refuses."""
+        """Append one row, with a `step`, to evals.jsonl, in place of one of that step: a resumed run evaluates again.
+
+        Raises UserError when the disk refuses.
+        """
         if self._writer:
+            drop_rows_after(self.path / EVALS, row["step"] - 1)
             append_rows(self.path / EVALS, [row])
 
     def rewind(self, step: int) -> None:
