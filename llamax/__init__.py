@@ -1,7 +1,7 @@
 """llamax: plan, train, fit, predict, check. Scaling research on the open-weight Llama lineage, in JAX and Flax.
 
-    model, config = llamax.load("runs/tiny")      # logits = model(tokens), [batch, seq, vocab]
-    runs = llamax.ledger("runs")                  # a pandas DataFrame, one row a run
+model, config = llamax.load("runs/tiny")      # logits = model(tokens), [batch, seq, vocab]
+runs = llamax.ledger("runs")                  # a pandas DataFrame, one row a run
 """
 
 from __future__ import annotations

@@ -50,8 +50,12 @@ def main() -> None:
 @app.command()
 def quickstart(
     settings: Overrides = None,
-    directory: Annotated[Path, typer.Option("--dir", help="Where the study goes; an existing one continues.")] = Path("quickstart"),
-    fast: Annotated[bool, typer.Option("--fast", help="Fewer, smaller cells: under two minutes, no accuracy promised.")] = False,
+    directory: Annotated[Path, typer.Option("--dir", help="Where the study goes; an existing one continues.")] = Path(
+        "quickstart"
+    ),
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Fewer, smaller cells: under two minutes, no accuracy promised.")
+    ] = False,
     workers: Annotated[int | None, typer.Option(help="Worker processes; default one a core, at most 8.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -272,7 +276,9 @@ def data_build(
     text: Annotated[list[Path] | None, typer.Option(help="A text file or folder; may be repeated.")] = None,
     paths: Annotated[list[Path] | None, typer.Argument(metavar="[PATH]...", help="More text files or folders.")] = None,
     corpus: Annotated[str | None, typer.Option(help="A shipped corpus or a YAML path, instead of --text.")] = None,
-    tokenizer: Annotated[str, typer.Option(help="bytes, sentencepiece, or the path of a .model or tokenizer.json.")] = "bytes",
+    tokenizer: Annotated[
+        str, typer.Option(help="bytes, sentencepiece, or the path of a .model or tokenizer.json.")
+    ] = "bytes",
     vocab_size: Annotated[int, typer.Option(help="Pieces, when sentencepiece is trained.")] = 4096,
     workers: Annotated[int | None, typer.Option(help="Processes; default one a core.")] = None,
     as_json: Json = False,

@@ -70,7 +70,12 @@ class TrainProgress:
         from rich.progress import Progress as Bar
 
         console = Console(stderr=True)
-        columns = (TextColumn("{task.fields[phase]:<8}"), BarColumn(24), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+        columns = (
+            TextColumn("{task.fields[phase]:<8}"),
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
         self.bar = Bar(*columns, TimeRemainingColumn(), console=console) if console.is_terminal else None
         self.task = self.bar.add_task("train", phase="start", note="") if self.bar else None
         self.last = 0.0
@@ -100,7 +105,7 @@ class TrainProgress:
 
 @contextmanager
 def step_progress() -> Iterator[Any]:
-    """A `progress(label, done, total)` callback drawn as bars on stderr (nothing is drawn where there is no terminal)."""
+    """A `progress(label, done, total)` callback drawn as bars on stderr; nothing where there is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -148,7 +153,14 @@ def build_from_cli(
     elif tokenizer.endswith(".json"):
         spec = HuggingFace(path=tokenizer)
     else:
-        raise UserError(f"--tokenizer {tokenizer!r}: use bytes, sentencepiece, or the path of a .model or tokenizer.json file")
+        raise UserError(
+            f"--tokenizer {tokenizer!r}: use bytes, sentencepiece, or the path of a .model or tokenizer.json file"
+        )
     with step_progress() as progress:
         store = build_store(parts, spec, out, workers=workers, progress=progress)
-    return {"store": str(store.path), "vocab_size": store.vocab_size, "fingerprint": store.fingerprint, **store.manifest}
+    return {
+        "store": str(store.path),
+        "vocab_size": store.vocab_size,
+        "fingerprint": store.fingerprint,
+        **store.manifest,
+    }

@@ -18,7 +18,20 @@ EXTRAS = {
     "wandb": "wandb",
     "torch": "torch",
 }
-CORE = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scipy", "pandas", "sentencepiece", "pydantic", "matplotlib")
+CORE = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+    "scipy",
+    "pandas",
+    "sentencepiece",
+    "pydantic",
+    "matplotlib",
+)
 
 
 def examine() -> dict[str, Any]:
@@ -58,8 +71,10 @@ def examine() -> dict[str, Any]:
         "peak_bf16_flops_per_second": peak,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cache": str(cache),
-        "compilation_cache": jax.config.jax_compilation_cache_dir,
+        "compilation_cache": jax.config.values["jax_compilation_cache_dir"],
         "free_disk_gib": round(free / 2**30, 1),
-        "extras_missing": [f"llamax[{extra}]" for extra, module in EXTRAS.items() if importlib.util.find_spec(module) is None],
+        "extras_missing": [
+            f"llamax[{extra}]" for extra, module in EXTRAS.items() if importlib.util.find_spec(module) is None
+        ],
         "problems": problems,
     }

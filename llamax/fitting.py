@@ -18,15 +18,24 @@ def usable_runs(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     words = []
     good = frame["status"] == "done"
     if (~good).any():
-        left = ", ".join(f"{name} ({status})" for name, status in zip(frame["run"][~good], frame["status"][~good], strict=True))
+        left = ", ".join(
+            f"{name} ({status})" for name, status in zip(frame["run"][~good], frame["status"][~good], strict=True)
+        )
         words.append(f"left out of the fit: {left}")
     return frame[good], words
 
 
 def fit_data(
-    path: Path, columns: dict[str, str | None], approaches: list[int], *, bootstrap: int, delta: float, seed: int, at: float | None
+    path: Path,
+    columns: dict[str, str | None],
+    approaches: list[int],
+    *,
+    bootstrap: int,
+    delta: float,
+    seed: int,
+    at: float | None,
 ) -> dict[str, Any]:
-    """Fits as a dict with `approach2`, `approach3`, `warnings`, and `at` (allocation and loss) where `at` FLOPs are given.
+    """Fits as a dict with `approach2`, `approach3`, `warnings`, and `at` (allocation, loss) where it is given.
 
     Raises:
         UserError: no such table, or a table that cannot be fitted.
@@ -57,20 +66,30 @@ def fit_tables(result: dict[str, Any]) -> list[Any]:
 
     shown: list[Any] = []
     if two := result["approach2"]:
-        table = Table("budget", "N at minimum", "D at minimum", "loss", "curvature", "interior", title="Approach 2: valleys")
+        table = Table(
+            "budget", "N at minimum", "D at minimum", "loss", "curvature", "interior", title="Approach 2: valleys"
+        )
         for row in two["budgets"]:
             cells = (row.get("budget"), row.get("vertex"), row.get("vertex_d"), row.get("loss"), row.get("curvature"))
             table.add_row(*(_number(c) for c in cells), "yes" if row.get("interior") else "no")
         shown.append(table)
         names = ("n_exponent", "n_coefficient", "d_exponent", "d_coefficient")
-        shown.append(_parameters("Approach 2: N* = n_coefficient C^n_exponent, and D*", {k: two[k] for k in names}, two["intervals"]))
+        shown.append(
+            _parameters(
+                "Approach 2: N* = n_coefficient C^n_exponent, and D*", {k: two[k] for k in names}, two["intervals"]
+            )
+        )
     if three := result["approach3"]:
         shown.append(_parameters("Approach 3: L = E + A/N^alpha + B/D^beta", three["params"], three["intervals"]))
     if at := result.get("at"):
         advice = at.get("recommendation", at)
-        shown.append(Text(f"at {at['flops']:.3g} FLOPs: N* = {advice['n']:.4g}, D* = {advice['d']:.4g} ({advice['rule']})"))
+        shown.append(
+            Text(f"at {at['flops']:.3g} FLOPs: N* = {advice['n']:.4g}, D* = {advice['d']:.4g} ({advice['rule']})")
+        )
         if "loss" in at:
-            shown.append(Text(f"predicted loss {at['loss']:.4f} nats/token, one new run within {_pair(at['interval'])}"))
+            shown.append(
+                Text(f"predicted loss {at['loss']:.4f} nats/token, one new run within {_pair(at['interval'])}")
+            )
     return shown + [Text(f"warning: {word}", style="yellow") for word in result["warnings"]]
 
 
@@ -89,4 +108,3 @@ def _number(value: Any) -> str:
 
 def _pair(pair: Any) -> str:
     return "-" if not pair else f"[{pair[0]:.4g}, {pair[1]:.4g}]"
-

@@ -49,7 +49,9 @@ def run_quickstart(
         spec, corpus_tokens = _prepare("quickstart-fast" if fast else "quickstart", settings)
     count = workers or max(1, min(8, _cores()))
     with clock.stage("plan"):
-        plan = open_study(directory, make_plan(spec, corpus_tokens=corpus_tokens, throughput=_throughput(count), devices=1))
+        plan = open_study(
+            directory, make_plan(spec, corpus_tokens=corpus_tokens, throughput=_throughput(count), devices=1)
+        )
         own = [cell for cell in plan.cells if not cell.extra]
         _say_plan(replace(plan, cells=tuple(own)), count)
     with clock.stage("train"):
@@ -136,7 +138,9 @@ def _fit(directory: Path) -> tuple[Any, dict[str, Any]]:
     from llamax.scaling import fit_frame
 
     frame = ledger(directory)
-    frame, words = usable_runs(frame[frame["size"].notna() & (frame.get("role") != "prediction")] if "role" in frame else frame)
+    frame, words = usable_runs(
+        frame[frame["size"].notna() & (frame.get("role") != "prediction")] if "role" in frame else frame
+    )
     if len(frame) < 6:
         raise UserError(f"{directory}: only {len(frame)} cells finished; a fit needs at least 6 (see failures/ in it)")
     fit = fit_frame(frame, **LEDGER_COLUMNS, bootstrap=BOOTSTRAP, seed=0)  # type: ignore[arg-type]
@@ -157,10 +161,16 @@ def _predict(directory: Path, spec: SweepConfig, plan: Plan, fit: Any) -> tuple[
     cell = _prediction_cell(spec, plan, flops, size)
     if stored is None:
         claim = predict(fit, flops=cell.flops["6n"], n=cell.n, d=cell.tokens)
-        stored = claim.as_dict() | {"size": size, "cell": cell.name, "registered": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        stored = claim.as_dict() | {
+            "size": size,
+            "cell": cell.name,
+            "registered": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
         write_atomic(path, json.dumps(stored, indent=1))
     add_cells(directory, [cell])
-    _say(f"prediction for {cell.name}: loss {stored['loss']:.4f}, interval {_pair(stored['interval'])}; {stored['rule']}")
+    _say(
+        f"prediction for {cell.name}: loss {stored['loss']:.4f}, interval {_pair(stored['interval'])}; {stored['rule']}"
+    )
     return stored, cell
 
 
@@ -197,7 +207,9 @@ def _score(directory: Path, cell: Cell, prediction: dict[str, Any]) -> dict[str,
     result = read_result(directory / cell.run_name)
     if result is None or result["status"] != "done":
         cause = (result or {}).get("cause") or "see failures/ in the study"
-        raise UserError(f"{directory}: the predicted run {cell.name} did not finish ({cause}); run the quickstart again")
+        raise UserError(
+            f"{directory}: the predicted run {cell.name} did not finish ({cause}); run the quickstart again"
+        )
     scored = score(prediction, result["eval_loss"])
     prediction = prediction | scored.as_dict() | {"loss": prediction["loss"], "run": cell.run_name}
     write_atomic(directory / "prediction.json", json.dumps(prediction, indent=1))

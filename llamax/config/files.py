@@ -25,7 +25,7 @@ def configs_dir() -> Path:
 
 
 def cache_dir() -> Path:
-    """Where built stores and compiled programs are kept: LLAMAX_CACHE, else $XDG_CACHE_HOME/llamax, else ~/.cache/llamax."""
+    """Where stores and compiled programs are kept: LLAMAX_CACHE, else $XDG_CACHE_HOME/llamax or ~/.cache/llamax."""
     if named := os.environ.get("LLAMAX_CACHE"):
         return Path(named).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llamax"

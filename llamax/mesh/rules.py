@@ -26,7 +26,9 @@ def load_rules(name: str) -> Rules:
     for logical, target in read_yaml(find("meshes", name, "mesh rules")).items():
         axes = () if target is None else (target,) if isinstance(target, str) else tuple(target)
         if bad := [axis for axis in axes if axis not in AXES]:
-            raise UserError(f"mesh rules {name}: {logical} -> {bad[0]!r} is not a mesh axis; use one of {', '.join(AXES)} or null")
+            raise UserError(
+                f"mesh rules {name}: {logical} -> {bad[0]!r} is not a mesh axis; use one of {', '.join(AXES)} or null"
+            )
         rules[logical] = axes
     return rules
 
@@ -45,7 +47,10 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     free = [axis for axis, size in sizes.items() if size == -1]
     shown = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
     if len(devices) % fixed or (not free and fixed > len(devices)):
-        raise UserError(f"{shown}: the fixed sizes multiply to {fixed}, which does not divide {len(devices)} devices; change one of them")
+        raise UserError(
+            f"{shown}: the fixed sizes multiply to {fixed}, which does not divide {len(devices)} devices; "
+            "change one of them"
+        )
     if free:
         sizes[free[0]] = len(devices) // fixed
     elif fixed < len(devices):
@@ -67,12 +72,15 @@ def spec_of(axes: tuple[str, ...], shape: tuple[int, ...], rules: Rules, mesh: M
     parts: list[Any] = []
     for logical, size in zip(axes, shape, strict=True):
         if logical not in rules:
-            raise UserError(f"mesh rules: array {name} has the axis {logical!r}, which has no rule; add `{logical}: null`")
+            raise UserError(
+                f"mesh rules: array {name} has the axis {logical!r}, which has no rule; add `{logical}: null`"
+            )
         targets = tuple(axis for axis in rules[logical] if mesh.shape[axis] > 1)
         for axis in targets:
             if axis in used:
                 raise UserError(
-                    f"mesh rules: array {name} would use mesh axis {axis!r} twice (for {used[axis]} and {logical}); change one rule"
+                    f"mesh rules: array {name} would use mesh axis {axis!r} twice (for {used[axis]} and {logical}); "
+                    "change one rule"
                 )
             used[axis] = logical
         ways = 1
@@ -80,8 +88,8 @@ def spec_of(axes: tuple[str, ...], shape: tuple[int, ...], rules: Rules, mesh: M
             ways *= mesh.shape[axis]
         if size % ways:
             raise UserError(
-                f"mesh: array {name}, axis {logical} of {size}, is not divisible by {' x '.join(f'{a}={mesh.shape[a]}' for a in targets)}; "
-                f"change the mesh or the model"
+                f"mesh: array {name}, axis {logical} of {size}, is not divisible by "
+                f"{' x '.join(f'{a}={mesh.shape[a]}' for a in targets)}; change the mesh or the model"
             )
         parts.append(targets if len(targets) > 1 else targets[0] if targets else None)
     return PartitionSpec(*parts)

@@ -11,7 +11,7 @@ from llamax.config.files import cache_dir
 
 def start() -> None:
     """Turn on the persistent compilation cache, unless JAX has one already or LLAMAX_COMPILATION_CACHE=0."""
-    if os.environ.get("LLAMAX_COMPILATION_CACHE") == "0" or jax.config.jax_compilation_cache_dir:
+    if os.environ.get("LLAMAX_COMPILATION_CACHE") == "0" or jax.config.values["jax_compilation_cache_dir"]:
         return
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -44,11 +44,13 @@ def attend(
     return _attend(q, k, v, segments, logits, compute)[0]
 
 
-def _attend(q: Array, k: Array, v: Array, segments: Array | None, logits: Logits, compute: str) -> tuple[Array, tuple[Array, ...]]:
+def _attend(
+    q: Array, k: Array, v: Array, segments: Array | None, logits: Logits, compute: str
+) -> tuple[Array, tuple[Array, ...]]:
     batch, seq, heads, dim = q.shape
     grouped = q.reshape(batch, seq, k.shape[2], heads // k.shape[2], dim) * logits.scale  # smaller than the scores
     scores = _einsum("btjgd,bsjd->bjgts", grouped, k, compute)
-    slope = ()
+    slope: tuple[Array, ...] = ()
     if logits.softcap is not None:
         tanh = jnp.tanh(scores / logits.softcap)
         scores, slope = logits.softcap * tanh, (1 - tanh * tanh,)
@@ -145,7 +147,7 @@ class SelfAttention(nnx.Module):
         segments: Int[Array, "batch seq"] | None,
         execution: Execution,
     ) -> Float[Array, "batch seq d_model"]:
-        """Attention output before it joins the residual stream; `table` is the rotary table, None where there is none."""
+        """Attention output before it joins the residual stream; `table`: the rotary table, or None."""
         q, k, v = (contract(x, w[...], 1, execution.compute) for w in (self.query, self.key, self.value))
         if self.config.qkv_bias:
             q, k, v = (

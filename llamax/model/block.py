@@ -1,9 +1,9 @@
 """One decoder block.
 
-    pre, sequential            pre, parallel                  sandwich (a sublayer)        post (a sublayer)
-    x ──┬─ norm ─ attn ─ + ─┬─ norm ─ mlp ─ +     x ─┬─ norm ─┬─ attn ─ + ─     x ─┬─ norm ─ f ─ norm ─ +     x ─┬─ f ─ + ─ norm
-        └────────────────┘  └───────────────┘        │        └─ mlp ──┘           └────────────────────┘        └──────┘
-                                                     └───────────────── ┘
+pre, sequential            pre, parallel                  sandwich (a sublayer)        post (a sublayer)
+x ──┬─ norm ─ attn ─ + ─┬─ norm ─ mlp ─ +     x ─┬─ norm ─┬─ attn ─ + ─     x ─┬─ norm ─ f ─ norm ─ +     x ─┬─ f ─ + ─ norm
+    └────────────────┘  └───────────────┘        │        └─ mlp ──┘           └────────────────────┘        └──────┘
+                                                 └───────────────── ┘
 """
 
 from __future__ import annotations
@@ -29,13 +29,17 @@ Statistics = dict[str, Float[Array, ""]]
 class DecoderBlock(nnx.Module):
     """Attention and a feed-forward block around the residual stream, placed as `config` says."""
 
-    def __init__(self, config: Block, d_model: int, init: Init, layers: int, *, layer: Int[Array, ""], key: Key[Array, ""]):
+    def __init__(
+        self, config: Block, d_model: int, init: Init, layers: int, *, layer: Int[Array, ""], key: Key[Array, ""]
+    ):
         keys = jax.random.split(key)
         gain = residual_gain(init, layer, layers)
         self.config = config
         self.attention = SelfAttention(config.attention, config.position, d_model, init, gain, key=keys[0])
-        mixture = MixtureOfExperts if isinstance(config.mlp, MoeMlp) else FeedForward
-        self.mlp = mixture(config.mlp, d_model, init, gain, key=keys[1])
+        if isinstance(config.mlp, MoeMlp):
+            self.mlp: MixtureOfExperts | FeedForward = MixtureOfExperts(config.mlp, d_model, init, gain, key=keys[1])
+        else:
+            self.mlp = FeedForward(config.mlp, d_model, init, gain, key=keys[1])
         self.attention_norm = Normalize(config.norm, d_model)
         if config.residual == "sequential":
             self.mlp_norm = Normalize(config.norm, d_model)
@@ -56,8 +60,7 @@ class DecoderBlock(nnx.Module):
             return self.attention(y, table, segments, execution), {}
 
         def mlp(y: Array) -> tuple[Array, Statistics]:
-            out = self.mlp(y, execution)
-            return out if isinstance(self.config.mlp, MoeMlp) else (out, {})
+            return self.mlp(y, execution) if isinstance(self.mlp, MixtureOfExperts) else (self.mlp(y, execution), {})
 
         if self.config.residual == "parallel":
             y = self.attention_norm(x)

@@ -70,7 +70,9 @@ def rotary_table(rope: Rope, head_dim: int, length: int) -> Float[np.ndarray, "2
     return np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32) * np.float32(factor)
 
 
-def rotate(x: Float[Array, "batch seq heads head_dim"], table: Float[Array, "2 seq half"]) -> Float[Array, "batch seq heads head_dim"]:
+def rotate(
+    x: Float[Array, "batch seq heads head_dim"], table: Float[Array, "2 seq half"]
+) -> Float[Array, "batch seq heads head_dim"]:
     """x with its first 2 x half dimensions rotated, half-split layout (dimension i pairs with i + half)."""
     half = table.shape[-1]
     cos, sin = (t[None, :, None, :].astype(x.dtype) for t in table)

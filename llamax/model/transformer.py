@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from llamax.config.components import Init, Rope
+from llamax.config.components import Init, Position, Rope
 from llamax.config.model import Block, ModelConfig
 from llamax.errors import UserError
 from llamax.model.block import DecoderBlock, Statistics
@@ -16,7 +16,6 @@ from llamax.model.linear import contract, parameter, weight
 from llamax.model.norm import Normalize
 from llamax.model.position import rotary_table, sinusoids
 
-
 LayerStatistics = dict[str, Float[Array, " layers"]]
 
 
@@ -24,10 +23,18 @@ class Stack(nnx.Module):
     """`repeat` copies of a unit of blocks; each block's parameters are stacked along a leading layers axis."""
 
     def __init__(
-        self, unit: tuple[Block, ...], repeat: int, first: int, d_model: int, init: Init, layers: int, *, key: Key[Array, ""]
+        self,
+        unit: tuple[Block, ...],
+        repeat: int,
+        first: int,
+        d_model: int,
+        init: Init,
+        layers: int,
+        *,
+        key: Key[Array, ""],
     ):
         self.repeat = repeat
-        self.blocks = nnx.List()
+        self.blocks: nnx.List[DecoderBlock] = nnx.List()
         for i, config in enumerate(unit):
             keys = jax.random.split(jax.random.fold_in(key, i), repeat)
             index = first + i + len(unit) * jnp.arange(repeat)
@@ -40,7 +47,7 @@ class Stack(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch seq d_model"],
-        tables: dict[tuple[Rope, int], Array],
+        tables: dict[tuple[Position, int], Array],
         segments: Int[Array, "batch seq"] | None,
         execution: Execution,
     ) -> tuple[Float[Array, "batch seq d_model"], list[LayerStatistics]]:
@@ -56,7 +63,9 @@ class Stack(nnx.Module):
             return x, statistics
 
         unit = execution.checkpoint(unit)
-        return jax.lax.scan(unit, x, list(self.blocks), length=self.repeat, unroll=self.repeat if execution.unroll else 1)
+        return jax.lax.scan(
+            unit, x, list(self.blocks), length=self.repeat, unroll=self.repeat if execution.unroll else 1
+        )
 
 
 class Transformer(nnx.Module):
@@ -77,7 +86,7 @@ class Transformer(nnx.Module):
             self.position = weight(
                 k_position, (config.max_seq_len, d), ("position", "embed"), plain, inputs=0, group="embedding"
             )
-        self.stacks = nnx.List()
+        self.stacks: nnx.List[Stack] = nnx.List()
         first, layers = 0, len(config.layers)
         for i, (repeat, unit) in enumerate(config.blocks):
             self.stacks.append(Stack(unit, repeat, first, d, init, layers, key=jax.random.fold_in(k_stack, i)))
@@ -120,7 +129,9 @@ class Transformer(nnx.Module):
         """
         config, seq = self.config, tokens.shape[1]
         if config.position.kind == "learned" and seq > config.max_seq_len:
-            raise UserError(f"{seq} tokens exceed the learned positions, model.max_seq_len={config.max_seq_len}; shorten them")
+            raise UserError(
+                f"{seq} tokens exceed the learned positions, model.max_seq_len={config.max_seq_len}; shorten them"
+            )
         x = self.embedding[...][tokens].astype(execution.activation_dtype)
         if config.embedding.scale == "sqrt_d_model":
             x = x * jnp.asarray(config.d_model**0.5, x.dtype)
@@ -128,7 +139,12 @@ class Transformer(nnx.Module):
             x = x + self.position[...][:seq].astype(x.dtype)
         if config.position.kind == "sinusoidal":
             x = x + jnp.asarray(sinusoids(seq, config.d_model), x.dtype)
-        kinds = {(b.position, b.attention.head_dim) for _, unit in config.blocks for b in unit if isinstance(b.position, Rope)}
+        kinds = {
+            (b.position, b.attention.head_dim)
+            for _, unit in config.blocks
+            for b in unit
+            if isinstance(b.position, Rope)
+        }
         tables = {kind: jnp.asarray(rotary_table(*kind, seq)) for kind in kinds}
         x = execution.place(x)
         statistics: list[LayerStatistics] = []
@@ -136,5 +152,7 @@ class Transformer(nnx.Module):
             x, found = stack(x, tables, segments, execution)
             if routed := [s for s in found if s]:
                 statistics.append(jax.tree.map(lambda *members: jnp.stack(members, axis=1).reshape(-1), *routed))
-        joined = {name: jnp.concatenate([s[name] for s in statistics]) for name in (statistics[0] if statistics else ())}
+        joined = {
+            name: jnp.concatenate([s[name] for s in statistics]) for name in (statistics[0] if statistics else ())
+        }
         return self.norm(x), joined

@@ -17,7 +17,9 @@ from llamax.model.transformer import Transformer
 
 
 @functools.partial(jax.jit, static_argnames=("loss_chunk", "execution"))
-def _sums(model: Transformer, batch: dict[str, Array], loss_chunk: int | None, execution: Execution) -> tuple[Array, Array]:
+def _sums(
+    model: Transformer, batch: dict[str, Array], loss_chunk: int | None, execution: Execution
+) -> tuple[Array, Array]:
     nats, _, weight, _ = next_token_loss(
         model, batch["tokens"], batch.get("segments"), batch["weights"], jnp.float32(0.0), loss_chunk, execution
     )

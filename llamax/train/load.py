@@ -77,6 +77,8 @@ def evaluate_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str
         mask_documents=config.data.mask_documents,
     )
     placed = ({name: jax.device_put(a, place) for name, a in batch.items()} for batch in batches)
-    loss, tokens = evaluate(model, placed, loss_chunk=config.train.loss_chunk, execution=execution_of(config, rules, mesh))
+    loss, tokens = evaluate(
+        model, placed, loss_chunk=config.train.loss_chunk, execution=execution_of(config, rules, mesh)
+    )
     bits = loss / math.log(2) * store.tokens("held_out") / store.bytes("held_out")
     return {"run": str(run_dir), "loss": loss, "bits_per_byte": bits, "eval_tokens": tokens, "store": str(store.path)}

@@ -249,11 +249,21 @@ class _Session:
 
     def _row(self, step: int, metrics: dict[str, float], rate: float) -> dict[str, Any]:
         tokens = step * self.tokens_per_step
-        row: dict[str, Any] = {"step": step, "tokens": tokens, **metrics, "tokens_per_second": rate, "seconds": self._seconds()}
+        row: dict[str, Any] = {
+            "step": step,
+            "tokens": tokens,
+            **metrics,
+            "tokens_per_second": rate,
+            "seconds": self._seconds(),
+        }
         row |= {f"flops_{name}": per_token * tokens for name, per_token in self.flops_per_token.items()}
         device = self.mesh.devices.flat[0].device_kind
         found = mfu(self.flops_per_token["causal"] * rate, device, self.mesh.size, self.config.train.compute_dtype)
-        return row if found is None else {**row, "mfu": found.fraction, "mfu_convention": "causal", "mfu_peak": found.peak_flops_per_second}
+        return (
+            row
+            if found is None
+            else {**row, "mfu": found.fraction, "mfu_convention": "causal", "mfu_peak": found.peak_flops_per_second}
+        )
 
     def _evaluate(self, state: TrainState, step: int, stop: StopRequest) -> tuple[float, int] | None:
         """(loss, tokens) of the held-out split, logged to evals.jsonl; None if a signal cut it short."""
@@ -304,7 +314,9 @@ class _Session:
             "n": params.active_matmul,
             **{f"flops_{name}": per_token * seen for name, per_token in self.flops_per_token.items()},
             "seconds": self._seconds(),
-            "tokens_per_second": self.train_steps * self.tokens_per_step / self.train_seconds if self.train_seconds else None,
+            "tokens_per_second": self.train_steps * self.tokens_per_step / self.train_seconds
+            if self.train_seconds
+            else None,
             "unique_tokens": self.batches.unique_tokens(step),
             "epochs": self.batches.epochs(step),
             "fingerprint": self.store.fingerprint,

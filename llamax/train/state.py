@@ -57,7 +57,9 @@ def abstract_state(config: RunConfig, rules: Rules, mesh: Mesh) -> TrainState:
     """
     shapes = jax.eval_shape(lambda h, k: _initial(config, h, k), hyper_of(config, 1), jax.random.key(0))
     places = shardings(shapes, shapes.model, rules, mesh)
-    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
+    )
 
 
 def init_state(config: RunConfig, total_steps: int, abstract: TrainState) -> TrainState:

@@ -43,7 +43,7 @@ def execution_of(config: RunConfig, rules: Rules, mesh: Mesh) -> Execution:
 def loss_and_gradients(
     model: Transformer, batch: Batch, hyper: dict[str, Array], config: RunConfig, execution: Execution
 ) -> tuple[Float[Array, ""], Metrics, Transformer]:
-    """(mean nats per predicted token, router metrics, gradients of the full objective), accumulated over microbatches.
+    """(mean nats per predicted token, router metrics, gradients of the objective), accumulated over microbatches.
 
     The objective is cross-entropy + z-loss, averaged over every predicted token of the whole batch, plus
     moe_balance_loss x balance + moe_z_loss x z averaged over MoE layers and microbatches.
@@ -91,9 +91,7 @@ def _router_metrics(routers: dict[str, Array]) -> Metrics:
     }
 
 
-def train_step(
-    state: TrainState, batch: Batch, config: RunConfig, execution: Execution
-) -> tuple[TrainState, Metrics]:
+def train_step(state: TrainState, batch: Batch, config: RunConfig, execution: Execution) -> tuple[TrainState, Metrics]:
     """One update: (new state, metrics).
 
     A bad step, whose loss or gradient norm is not finite or whose loss exceeds divergence_factor x the running

@@ -1,0 +1,317 @@
+"""The step: what recompiles, what is exact to the bit, what a bad batch does, and the options that must not change
+the numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llamax.config.run import RunConfig
+from llamax.model.execution import Execution
+from llamax.train.state import TrainState, hyper_of, init_state
+from llamax.train.step import AVERAGE_DECAY, Dispatch, loss_and_gradients, train_step
+from tests.train.runs import MIXTURE, STEPS, assert_same_bits, go, prepare, run_config, tokens_of
+
+MOE = f"model.mlp={MIXTURE}"
+# Every number that is not a shape, at once: if their effect on the program is nothing together, it is nothing alone.
+NUMBERS = (
+    "optimizer.lr=0.003", "optimizer.weight_decay=0.3", "optimizer.b1=0.8", "optimizer.b2=0.9", "optimizer.eps=1e-6",
+    "optimizer.clip_norm=null", "optimizer.groups.head.lr=0.5", "schedule.warmup=0.5", "schedule.final=0.3",
+    "train.steps=200", "train.z_loss=0.001", "train.divergence_factor=9.0", "train.seed=5",
+)  # fmt: skip
+
+
+@functools.cache
+def base() -> tuple[Dispatch, TrainState, RunConfig]:
+    config = run_config()
+    return *prepare(config), config
+
+
+def cached(dispatch: Any) -> int:
+    return dispatch._cache_size()
+
+
+# ---------------------------------------------------------------- what recompiles
+def test_no_number_recompiles_and_each_is_used():
+    dispatch, state, config = base()
+    batches = tokens_of(10, config)
+    plain, metrics, _ = go(dispatch, state, batches, 3)
+    before = cached(dispatch)
+    for number in NUMBERS[:-1]:
+        other = run_config(number)
+        changed = dataclasses.replace(state, hyper=hyper_of(other, other.train.steps))
+        _, found, _ = go(dispatch, changed, batches, 3)
+        moved = any(not np.array_equal(found[name], metrics[name]) for name in metrics)
+        # Nothing to clip or to refuse in these three steps, so those two numbers must change nothing.
+        assert moved == (number.split("=")[0] not in ("optimizer.clip_norm", "train.divergence_factor")), number
+    assert cached(dispatch) == before == 1
+    assert int(plain.step) == 3
+
+
+def test_another_run_of_the_same_shape_is_the_same_program():
+    dispatch, state, config = base()
+    batches = {name: jnp.asarray(value) for name, value in tokens_of(10, config).items()}
+    other, other_state = prepare(run_config(*NUMBERS))
+    texts = [d.lower(s, batches, jnp.int32(0)).as_text() for d, s in ((dispatch, state), (other, other_state))]
+    assert texts[0] == texts[1]
+
+
+# ---------------------------------------------------------------- exact to the bit
+@pytest.mark.parametrize("cuts", [(3, 7), (1,) * 10])
+def test_a_dispatch_cut_anywhere_gives_the_same_bits(cuts: tuple[int, ...]):
+    dispatch, state, config = base()
+    batches = tokens_of(10, config)
+    whole, metrics, ran = go(dispatch, state, batches, 10)
+    assert ran == 10
+    assert metrics["loss"][-1] < metrics["loss"][0] - 0.3
+    done, parts = 0, []
+    for count in cuts:
+        rest = {name: np.roll(value, -done, axis=0) for name, value in batches.items()}
+        state, found, ran = go(dispatch, state, rest, count)
+        assert ran == count
+        parts.append(found)
+        done += count
+    assert_same_bits(state, whole)
+    assert_same_bits({name: np.concatenate([p[name] for p in parts]) for name in metrics}, metrics)
+
+
+# ---------------------------------------------------------------- options that change no number
+def one_gradient(config: RunConfig, batch: dict[str, Any], **execution: Any) -> tuple[Any, Any, Any]:
+    state = base()[1] if config.model == base()[2].model else prepare(config)[1]
+    hyper = hyper_of(config, STEPS)
+    run = jax.jit(lambda m, b: loss_and_gradients(m, b, hyper, config, Execution(**execution)))
+    return run(state.model, batch)
+
+
+def first(batches: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: value[0] for name, value in batches.items()}
+
+
+def assert_close(a: Any, b: Any, rtol: float) -> None:
+    """Gradients as vectors: the difference of each array relative to its norm."""
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert np.linalg.norm(x - y) <= rtol * np.linalg.norm(y)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_accumulation_equals_the_whole_batch(masked: bool):
+    config = run_config("train.z_loss=0.001")
+    batch = first(tokens_of(1, config))
+    if masked:  # microbatches with 16 down to 0 targets left, so that a mean of means would be another number
+        ends = np.arange(8)[:, None] * 2
+        batch["segments"] = 1 + np.maximum(np.arange(17)[None] - 16 + ends, 0).astype(np.int32)
+    loss, _, gradients = one_gradient(config, batch)
+    split = run_config("train.z_loss=0.001", "train.grad_accumulation=4")
+    loss4, _, gradients4 = one_gradient(split, batch)
+    np.testing.assert_allclose(loss4, loss, rtol=1e-6)
+    assert_close(gradients4, gradients, 1e-5)
+
+
+def test_loss_of_masked_documents_is_the_mean_over_what_is_predicted():
+    config = run_config()
+    batch = first(tokens_of(1, config))
+    rng = np.random.default_rng(3)
+    batch["segments"] = 1 + np.cumsum(rng.random((8, 17)) < 0.3, axis=1).astype(np.int32)
+    loss, _, _ = one_gradient(config, batch)
+    tokens, segments = batch["tokens"], batch["segments"]
+    logits = np.asarray(base()[1].model(jnp.asarray(tokens[:, :-1]), jnp.asarray(segments[:, :-1])), np.float64)
+    nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
+    same = segments[:, 1:] == segments[:, :-1]
+    assert 0.5 < same.mean() < 0.9
+    np.testing.assert_allclose(loss, nats[same].mean(), rtol=1e-5)
+
+
+def test_loss_in_chunks_is_the_same():
+    batch = first(tokens_of(1, base()[2]))
+    whole = one_gradient(run_config("train.z_loss=0.01"), batch)
+    chunked = one_gradient(run_config("train.z_loss=0.01", "train.loss_chunk=32"), batch)
+    np.testing.assert_allclose(chunked[0], whole[0], rtol=1e-6)
+    assert_close(chunked[2], whole[2], 1e-5)
+
+
+def test_bfloat16_compute_is_close_and_keeps_float32_gradients():
+    batch = first(tokens_of(1, base()[2]))
+    exact = one_gradient(run_config(), batch)
+    for activation in ("float32", "bfloat16"):
+        loss, _, gradients = one_gradient(run_config(), batch, compute="bfloat16", activation=activation)
+        np.testing.assert_allclose(loss, exact[0], rtol=2e-3)
+        assert float(loss) != float(exact[0])
+        assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
+        assert_close(gradients, exact[2], 0.1)
+
+
+def test_remat_keeps_the_numbers_and_trades_memory_for_work():
+    config = run_config("model.segments=[{repeat: 6}]", "model.mlp.d_ff=64", "train.batch_size=16")
+    state = prepare(config)[1]
+    batch = first(tokens_of(1, config))
+    hyper, found = hyper_of(config, STEPS), {}
+    for remat in ("none", "dots", "full"):
+        # Unrolled, so that XLA's flop count, which enters a loop once, counts every layer.
+        execution = Execution(remat=remat, unroll=True)
+        run = jax.jit(functools.partial(loss_and_gradients, config=config, execution=execution))
+        compiled = run.lower(state.model, batch, hyper).compile()
+        scanned = jax.jit(functools.partial(loss_and_gradients, config=config, execution=Execution(remat=remat)))
+        scratch = scanned.lower(state.model, batch, hyper).compile().memory_analysis().temp_size_in_bytes
+        found[remat] = (compiled(state.model, batch, hyper), compiled.cost_analysis()["flops"], scratch)
+    none, dots, full = (found[name] for name in ("none", "dots", "full"))
+    for other in (dots, full):
+        np.testing.assert_allclose(other[0][0], none[0][0], rtol=1e-6)
+        assert_close(other[0][2], none[0][2], 1e-5)
+    assert none[1] <= dots[1] < full[1]
+    assert full[2] < dots[2] < none[2]
+
+
+# ---------------------------------------------------------------- bad steps
+def spiked(config: RunConfig, at: int) -> dict[str, np.ndarray]:
+    """Ten batches, that of step `at` (from 0) of tokens no other one has."""
+    batches = tokens_of(10, config, vocab=8)
+    batches["tokens"][at] = 200 + batches["tokens"][at][:, ::-1]
+    return batches
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_divergence_stops_at_the_bad_step_with_the_weights_before_it(kind: str):
+    dispatch, state, config = base()
+    batches = spiked(config, 6)
+    if kind == "loss":
+        hyper = {**state.hyper, "lr": jnp.float32(0.03), "divergence_factor": jnp.float32(1.3)}
+        bad_at = 6
+    else:
+        hyper = {**state.hyper, "z_loss": jnp.float32(np.inf)}  # a finite loss, gradients that are not
+        bad_at = 0
+    state = dataclasses.replace(state, hyper=hyper)
+    before, _, _ = go(dispatch, state, batches, bad_at)
+    after, metrics, ran = go(dispatch, state, batches, 10)
+    assert ran == bad_at + 1
+    assert metrics["bad"].tolist() == [0.0] * bad_at + [1.0]
+    if kind == "loss":
+        assert metrics["loss"][-1] > 1.3 * float(before.average)
+    else:
+        assert np.isfinite(metrics["loss"][-1])
+        assert not np.isfinite(metrics["grad_norm"][-1])
+    assert (int(after.step), int(after.skipped)) == (bad_at + 1, 1)
+    assert_same_bits((after.model, after.opt_state, after.average), (before.model, before.opt_state, before.average))
+    later, metrics, ran = go(dispatch, after, tokens_of(10, config), 10)
+    assert ran == 0
+    assert_same_bits(later, after)
+
+
+def test_skip_goes_on_and_counts():
+    config = run_config("train.on_divergence=skip", "train.divergence_factor=1.3", "optimizer.lr=0.03")
+    dispatch, state = prepare(config)
+    batches = spiked(config, 6)
+    before, _, _ = go(dispatch, state, batches, 6)
+    at, _, _ = go(dispatch, state, batches, 7)
+    assert_same_bits((at.model, at.opt_state), (before.model, before.opt_state))
+    after, metrics, ran = go(dispatch, state, batches, 10)
+    assert ran == 10
+    assert metrics["bad"].tolist() == [0.0] * 6 + [1.0] + [0.0] * 3
+    assert (int(after.step), int(after.skipped)) == (10, 1)
+    assert metrics["loss"][-1] < metrics["loss"][0]
+    assert not np.array_equal(after.model.embedding[...], before.model.embedding[...])
+
+
+def test_the_running_average_is_of_good_losses():
+    dispatch, state, config = base()
+    assert np.isnan(state.average)
+    after, metrics, _ = go(dispatch, state, tokens_of(10, config), 10)
+    average = metrics["loss"][0]
+    for loss in metrics["loss"]:
+        average = AVERAGE_DECAY * average + (1 - AVERAGE_DECAY) * loss
+    np.testing.assert_allclose(after.average, average, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- mixture of experts
+def test_mixture_metrics_of_a_router_that_knows_nothing():
+    """Zero router weights: probabilities are uniform, ties go to the first experts, so each metric has a formula."""
+    config = run_config(MOE, "train.moe_balance_loss=0.5", "train.moe_z_loss=0.25")
+    state = prepare(config)[1]
+    routers = [leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state.model)[0] if "router" in str(path)]
+    assert routers
+    model = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.zeros_like(leaf) if "router" in str(path) else leaf, state.model
+    )
+    hyper = hyper_of(config, STEPS)
+    batch = first(tokens_of(1, config))
+    for parts in (1, 4):
+        split = run_config(MOE, f"train.grad_accumulation={parts}")
+        run = jax.jit(functools.partial(loss_and_gradients, config=split, execution=Execution()))
+        _, metrics, gradients = run(model, batch, hyper)
+        experts, top_k, layers = 4, 2, 2
+        np.testing.assert_allclose(metrics["moe_balance_loss"], 1.0, rtol=1e-6)
+        np.testing.assert_allclose(metrics["moe_z_loss"], np.log(experts) ** 2, rtol=1e-6)
+        np.testing.assert_allclose(metrics["moe_entropy_min"], np.log(top_k) / np.log(experts), rtol=1e-6)
+        assert float(metrics["moe_dead_experts"]) == (experts - top_k) * layers
+        assert float(metrics["moe_drop_fraction"]) == 0.0
+        if parts == 1:
+            whole = gradients
+    assert_close(gradients, whole, 1e-5)  # balance of a microbatch equals that of the batch here
+
+
+def test_mixture_losses_reach_the_router_and_the_metrics():
+    config = run_config(MOE)
+    dispatch, state = prepare(config)
+    batches = tokens_of(10, config)
+    tilt = {**state.hyper, "moe_balance_loss": jnp.float32(10.0)}
+    _, plain, _ = go(dispatch, state, batches, 10)
+    _, tilted, _ = go(dispatch, dataclasses.replace(state, hyper=tilt), batches, 10)
+    assert set(plain) == {
+        "loss", "lr", "grad_norm", "param_norm", "update_norm", "bad", "moe_balance_loss", "moe_z_loss",
+        "moe_entropy_min", "moe_dead_experts", "moe_drop_fraction",
+    }  # fmt: skip
+    assert tilted["moe_balance_loss"][-1] < plain["moe_balance_loss"][-1]
+    assert np.all((plain["moe_entropy_min"] > 0) & (plain["moe_entropy_min"] <= 1 + 1e-6))
+    assert plain["loss"][0] == tilted["loss"][0]  # the loss reported is cross-entropy alone
+
+
+# ---------------------------------------------------------------- every kind trains
+@pytest.mark.parametrize(
+    ("optimizer", "schedule", "lr"),
+    [
+        ("adamw", "cosine", 0.02),
+        ("muon", "linear", 0.02),
+        ("lion", "wsd", 0.004),
+        ("adafactor", "constant", 0.02),
+        ("sgd", "cosine", 0.3),
+    ],
+)
+def test_every_kind_learns(optimizer: str, schedule: str, lr: float):
+    config = run_config(
+        f"optimizer={{kind: {optimizer}, lr: {lr}}}", f"schedule.kind={schedule}", "train.steps=30",
+        "train.steps_per_dispatch=30",
+    )  # fmt: skip
+    dispatch, state = prepare(config)
+    _, metrics, _ = go(dispatch, state, tokens_of(30, config), 30)
+    assert not metrics["bad"].any()
+    assert metrics["loss"][0] == pytest.approx(np.log(256), rel=0.05)
+    assert metrics["loss"][-5:].mean() < metrics["loss"][0] - 1.0  # of ln 256 = 5.5; ln 32 = 3.5 knows the alphabet
+
+
+def test_vmap_over_hyper_is_separate_runs():
+    _, state, config = base()
+    batch = first(tokens_of(1, config))
+    cells = [run_config(), run_config("optimizer.lr=0.03", "optimizer.weight_decay=0.5", "train.z_loss=0.01")]
+    states = [init_state(c, STEPS, abstract_of(state)) for c in cells]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    step = functools.partial(train_step, config=config, execution=Execution())
+    many, alone = jax.jit(jax.vmap(step, in_axes=(0, None))), jax.jit(step)
+    for _ in range(3):
+        stacked, metrics = many(stacked, batch)
+        results = [alone(s, batch) for s in states]
+        states = [s for s, _ in results]
+        for i, (_, single) in enumerate(results):
+            for name, value in single.items():
+                np.testing.assert_allclose(metrics[name][i], value, rtol=1e-5, err_msg=name)
+    for i, single_state in enumerate(states):
+        assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], stacked.model), single_state.model, 1e-5)
+    assert float(metrics["loss"][0]) != float(metrics["loss"][1])
+
+
+def abstract_of(state: TrainState) -> TrainState:
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
