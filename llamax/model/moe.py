@@ -67,7 +67,7 @@ class MixtureOfExperts(nnx.Module):
     ) -> tuple[Float[Array, "batch seq d_model"], dict[str, Float[Array, ""]]]:
         """(output before it joins the residual stream, router statistics)."""
         tokens = x.reshape(-1, x.shape[-1])
-        logits = tokens.astype(jnp.float32) @ self.router[...]
+        logits = jnp.matmul(tokens.astype(jnp.float32), self.router[...], precision=jax.lax.Precision.HIGHEST)
         weights, chosen, probabilities = route(logits, self.config.top_k)
         out = self._experts(tokens, weights, chosen, execution).reshape(x.shape)
         if self.config.shared is not None:
