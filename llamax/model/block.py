@@ -1,9 +1,9 @@
 """One decoder block.
 
-pre, sequential            pre, parallel                  sandwich (a sublayer)        post (a sublayer)
-x ──┬─ norm ─ attn ─ + ─┬─ norm ─ mlp ─ +     x ─┬─ norm ─┬─ attn ─ + ─     x ─┬─ norm ─ f ─ norm ─ +     x ─┬─ f ─ + ─ norm
-    └────────────────┘  └───────────────┘        │        └─ mlp ──┘           └────────────────────┘        └──────┘
-                                                 └───────────────── ┘
+pre, sequential                             pre, parallel             sandwich (a sublayer)       post (a sublayer)
+x ──┬─ norm ─ attn ─ + ─┬─ norm ─ mlp ─ +   x ─┬─ norm ─┬─ attn ─ +   x ─┬─ norm ─ f ─ norm ─ +   x ─┬─ f ─ + ─ norm
+    └────────────────┘  └───────────────┘      │        └─ mlp ── +      └────────────────────┘      └──────┘
+                                               └───────────────── ┘
 """
 
 from __future__ import annotations

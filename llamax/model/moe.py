@@ -26,13 +26,15 @@ def route(
 
 
 def router_statistics(
-    logits: Float[Array, "tokens experts"], probabilities: Float[Array, "tokens experts"], chosen: Int[Array, "tokens top_k"]
+    logits: Float[Array, "tokens experts"],
+    probabilities: Float[Array, "tokens experts"],
+    chosen: Int[Array, "tokens top_k"],
 ) -> dict[str, Float[Array, ""]]:
     """Losses and health of one router.
 
     `balance`: E sum_e f_e P_e with f the share of picks and P the mean probability, 1 when uniform (Switch,
     arXiv:2101.03961); `z`: mean squared log-partition (ST-MoE, arXiv:2202.08906); `entropy`: of the load, as a
-    fraction of uniform; `dead`: experts without a token; `dropped`: share of picks not computed, 0 as routing is dropless.
+    fraction of uniform; `dead`: experts without a token; `dropped`: share of picks not computed (0: dropless).
     """
     experts = logits.shape[-1]
     counts = jnp.zeros(experts).at[chosen.reshape(-1)].add(1.0)

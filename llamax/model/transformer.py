@@ -145,7 +145,7 @@ class Transformer(nnx.Module):
             for b in unit
             if isinstance(b.position, Rope)
         }
-        tables = {kind: jnp.asarray(rotary_table(*kind, seq)) for kind in kinds}
+        tables: dict[tuple[Position, int], Array] = {kind: jnp.asarray(rotary_table(*kind, seq)) for kind in kinds}
         x = execution.place(x)
         statistics: list[LayerStatistics] = []
         for stack in self.stacks:

@@ -61,13 +61,17 @@ def test_presets_cover_every_axis_of_every_component(name: str) -> None:
         (("vocab", "embed"), (64, 32), {"tensor": 8}, ("tensor", None)),
     ],
 )
-def test_partition(axes: tuple[str, ...], shape: tuple[int, ...], sizes: dict[str, int], expected: tuple[str | None]) -> None:
+def test_partition(
+    axes: tuple[str, ...], shape: tuple[int, ...], sizes: dict[str, int], expected: tuple[str | None]
+) -> None:
     assert spec_of(axes, shape, RULES, mesh_of(**sizes), "w") == PartitionSpec(*expected)
 
 
 def test_an_axis_over_two_mesh_axes() -> None:
     rules = {**RULES, "embed": ("fsdp", "tensor"), "heads": ()}
-    assert spec_of(("embed", "heads"), (32, 8), rules, mesh_of(fsdp=2, tensor=4), "w") == PartitionSpec(("fsdp", "tensor"), None)
+    assert spec_of(("embed", "heads"), (32, 8), rules, mesh_of(fsdp=2, tensor=4), "w") == PartitionSpec(
+        ("fsdp", "tensor"), None
+    )
 
 
 def test_optimizer_state_lies_with_its_parameter() -> None:
@@ -90,7 +94,9 @@ def test_batch_lies_over_everything_but_tensor() -> None:
 def test_a_mesh_axis_used_twice_names_the_array() -> None:
     rules = {**RULES, "mlp": ("fsdp",)}
     config = run_config({"fsdp": 8, "data": 1})
-    with pytest.raises(UserError, match=r"mlp\.(up|gate|down) would use mesh axis 'fsdp' twice \(for (embed and mlp|mlp and embed)\)"):
+    with pytest.raises(
+        UserError, match=r"mlp\.(up|gate|down) would use mesh axis 'fsdp' twice \(for (embed and mlp|mlp and embed)\)"
+    ):
         abstract_state(config, rules, make_mesh(config.mesh, jax.devices()))
 
 
@@ -133,5 +139,10 @@ def test_a_mesh_that_does_not_fit_the_devices(sizes: dict[str, int], message: st
 
 
 def test_minus_one_takes_the_rest() -> None:
-    assert dict(make_mesh(MeshConfig(tensor=2), jax.devices()).shape) == {"data": 4, "fsdp": 1, "tensor": 2, "expert": 1}
+    assert dict(make_mesh(MeshConfig(tensor=2), jax.devices()).shape) == {
+        "data": 4,
+        "fsdp": 1,
+        "tensor": 2,
+        "expert": 1,
+    }
     assert make_mesh(MeshConfig(), jax.devices()[:1]).axis_names == AXES

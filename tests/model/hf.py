@@ -50,9 +50,7 @@ def model_config(hf: dict[str, Any]) -> ModelConfig:
     elif hf.get("sliding_window") and hf.get("use_sliding_window", True):
         attention["window"] = hf["sliding_window"]
     if "full_attention" in ropes:
-        unit = [
-            {**part, "position": rope(ropes[layer])} for part, layer in zip(unit, hf["layer_types"], strict=True)
-        ]
+        unit = [{**part, "position": rope(ropes[layer])} for part, layer in zip(unit, hf["layer_types"], strict=True)]
         ropes = ropes["full_attention"]
     segments = [{"repeat": layers}] if all(part == {} for part in unit) else [{"repeat": 1, "unit": unit}]
     return ModelConfig.model_validate(
@@ -196,12 +194,18 @@ def layer_weights(left: Tensors, i: int, block: Any, one_plus: bool) -> dict[str
     if block.mlp.kind == "moe":
         mixtral = has("block_sparse_moe.gate.weight")
         moe = "block_sparse_moe" if mixtral else "mlp"
-        names = {"gate": "w1", "up": "w3", "down": "w2"} if mixtral else {n: f"{n}_proj" for n in ("gate", "up", "down")}
+        names = (
+            {"gate": "w1", "up": "w3", "down": "w2"} if mixtral else {n: f"{n}_proj" for n in ("gate", "up", "down")}
+        )
         out["mlp.router"] = take(f"{moe}.gate.weight").T
         for ours, theirs in names.items():
-            out[f"mlp.{ours}"] = np.stack([take(f"{moe}.experts.{e}.{theirs}.weight").T for e in range(block.mlp.experts)])
+            out[f"mlp.{ours}"] = np.stack(
+                [take(f"{moe}.experts.{e}.{theirs}.weight").T for e in range(block.mlp.experts)]
+            )
         return out
-    names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"} if block.mlp.gated else {"up": "fc1", "down": "fc2"}
+    names = (
+        {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"} if block.mlp.gated else {"up": "fc1", "down": "fc2"}
+    )
     for ours, theirs in names.items():
         out[f"mlp.{ours}"] = take(f"mlp.{theirs}.weight").T
         if block.mlp.bias:

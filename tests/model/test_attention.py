@@ -58,7 +58,9 @@ def test_value_and_gradient(name: str) -> None:
     def plain(*args: np.ndarray) -> np.ndarray:
         return reference.attention(*args, **{"scale": 0.5, **case})
 
-    out, gradient = jax.jit(lambda *a: (lambda y, vjp: (y, vjp(jnp.asarray(g))))(*jax.vjp(ours(case, "float32"), *a)))(q, k, v)
+    out, gradient = jax.jit(lambda *a: (lambda y, vjp: (y, vjp(jnp.asarray(g))))(*jax.vjp(ours(case, "float32"), *a)))(
+        q, k, v
+    )
     np.testing.assert_allclose(out, plain(q, k, v), atol=2e-6)
     wide = [a.astype(np.float64) for a in (q, k, v)]
     for i, found in enumerate(gradient):

@@ -20,17 +20,36 @@ from llamax.model.transformer import Transformer
 
 from .modules import small_config, small_model, tokens_of
 
-MOE = {"kind": "moe", "experts": 4, "top_k": 2, "expert": {"kind": "swiglu", "d_ff": 24}, "shared": {"kind": "swiglu", "d_ff": 8}}
+MOE = {
+    "kind": "moe",
+    "experts": 4,
+    "top_k": 2,
+    "expert": {"kind": "swiglu", "d_ff": 24},
+    "shared": {"kind": "swiglu", "d_ff": 8},
+}
 GELU = {"kind": "gelu", "d_ff": 40, "bias": True}
 TIED = {"tied": True, "bias": True, "softcap": 5.0}
 SHAPES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "grouped": (2, 16, {}),
     "multi_head": (3, 7, {"attention": {"kind": "gqa", "heads": 2}, "mlp": {"kind": "relu2", "d_ff": 20}}),
     "multi_query_tied": (2, 8, {"attention": {"kind": "gqa", "heads": 4, "kv_heads": 1, "softcap": 3.0}, "head": TIED}),
-    "one_head_one_row": (1, 16, {"attention": {"kind": "gqa", "heads": 1, "window": 4}, "mlp": GELU, "head": {"tied": True}}),
+    "one_head_one_row": (
+        1,
+        16,
+        {"attention": {"kind": "gqa", "heads": 1, "window": 4}, "mlp": GELU, "head": {"tied": True}},
+    ),
     "one_token": (1, 1, {"segments": [{"repeat": 1}]}),
     "mixture": (2, 8, {"mlp": MOE}),
-    "wide": (4, 32, {"d_model": 64, "vocab_size": 256, "attention": {"kind": "gqa", "heads": 2}, "mlp": {"kind": "geglu", "d_ff": 96}}),
+    "wide": (
+        4,
+        32,
+        {
+            "d_model": 64,
+            "vocab_size": 256,
+            "attention": {"kind": "gqa", "heads": 2},
+            "mlp": {"kind": "geglu", "d_ff": 96},
+        },
+    ),
 }
 
 

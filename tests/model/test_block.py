@@ -18,14 +18,13 @@ X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 16)), jnp.float3
 
 def block_of(**fields: Any) -> DecoderBlock:
     config = small_config(position={"kind": "nope"}, **fields)
-    return randomized(
-        lambda key: DecoderBlock(config.layers[0], 16, Init(), 2, layer=jnp.int32(0), key=key)
-    )
+    return randomized(lambda key: DecoderBlock(config.layers[0], 16, Init(), 2, layer=jnp.int32(0), key=key))
 
 
 @pytest.mark.parametrize("norm", ["rmsnorm", "layernorm", "none"])
 @pytest.mark.parametrize(
-    ("placement", "residual"), [("pre", "sequential"), ("post", "sequential"), ("sandwich", "sequential"), ("pre", "parallel")]
+    ("placement", "residual"),
+    [("pre", "sequential"), ("post", "sequential"), ("sandwich", "sequential"), ("pre", "parallel")],
 )
 def test_residual_layout(placement: str, residual: str, norm: str) -> None:
     """The block against the formula in its config, written out with the block's own parts."""

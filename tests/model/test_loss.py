@@ -89,7 +89,9 @@ def test_bfloat16_features_keep_their_scale(factor: float) -> None:
     @jax.grad
     def gradient(x: jax.Array) -> jax.Array:
         wide = w.astype(jnp.float32)
-        return factor * sum(cross_entropy(x, wide, None, targets, jnp.ones((2, 64)), jnp.float32(0), None, 32, "bfloat16"))
+        return factor * sum(
+            cross_entropy(x, wide, None, targets, jnp.ones((2, 64)), jnp.float32(0), None, 32, "bfloat16")
+        )
 
     exact, rounded = np.asarray(gradient(x.astype(jnp.float32))), np.asarray(gradient(x), np.float64)
     assert abs((exact * rounded).sum() / (exact * exact).sum() - 1) < 5e-4

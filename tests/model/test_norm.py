@@ -41,7 +41,7 @@ def test_a_fresh_norm_gives_unit_variance(config: RMSNorm | LayerNorm) -> None:
 
 
 def test_statistics_are_float32_for_bfloat16_inputs() -> None:
-    """A mean of 4096 squares in bfloat16 would lose most of its digits; the output is still rounded once or twice only."""
+    """A mean of 4096 squares in bfloat16 would lose most of its digits."""
     x = jnp.asarray(1.0 + 0.1 * np.random.default_rng(0).standard_normal((4, 4096)), jnp.bfloat16)
     y = Normalize(RMSNorm(), 4096)(x)
     wide = np.asarray(x, np.float64)

@@ -14,7 +14,18 @@ from .hf import read_fixture
 
 FAMILIES = ["llama1", "llama2_gqa", "llama3", "llama31", "llama32_tied", "mistral_swa", "mistral_nemo", "mixtral"]
 # Families we ship no card for: here because each exercises a component that no Llama has.
-OTHERS = ["codellama", "gemma1", "gemma2", "gemma3_text", "qwen1_5", "qwen2_tied", "qwen3_tied", "qwen3_moe", "phi1", "phi2"]
+OTHERS = [
+    "codellama",
+    "gemma1",
+    "gemma2",
+    "gemma3_text",
+    "qwen1_5",
+    "qwen2_tied",
+    "qwen3_tied",
+    "qwen3_moe",
+    "phi1",
+    "phi2",
+]
 
 
 @pytest.mark.parametrize("name", FAMILIES + OTHERS)

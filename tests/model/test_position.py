@@ -87,7 +87,8 @@ def test_yarn_interpolates_by_parts(factor: float, original: int) -> None:
 def test_yarn_of_deepseek_v2() -> None:
     """Values worked by hand: theta 1e4, 64 rotary dimensions, factor 40, 4096 -> low = 10, high = 23.
 
-    low = floor(64 ln(4096 / (32 x 2 pi)) / (2 ln 1e4)) = floor(10.47), high = ceil(64 ln(4096 / (2 pi)) / (2 ln 1e4)) = ceil(22.51).
+    low = floor(64 ln(4096 / (32 x 2 pi)) / (2 ln 1e4)) = floor(10.47),
+    high = ceil(64 ln(4096 / (2 pi)) / (2 ln 1e4)) = ceil(22.51).
     """
     scaling = RopeYarn(factor=40.0, original_max_len=4096, mscale=0.707, mscale_all_dim=0.707)
     rope = Rope(scaling=scaling)
@@ -110,7 +111,9 @@ def test_yarn_temperature_without_mscale() -> None:
 
 
 @pytest.mark.parametrize(
-    "scaling", [None, RopeLinear(factor=3.0), RopeLlama3(factor=8.0, original_max_len=64)], ids=["plain", "linear", "llama3"]
+    "scaling",
+    [None, RopeLinear(factor=3.0), RopeLlama3(factor=8.0, original_max_len=64)],
+    ids=["plain", "linear", "llama3"],
 )
 def test_products_depend_on_the_distance_alone(scaling: RopeLinear | RopeLlama3 | None) -> None:
     q, k = (np.random.default_rng(i).standard_normal(8).astype(np.float32) for i in (0, 1))
@@ -143,7 +146,7 @@ def test_alibi_slopes_of_the_paper() -> None:
 
 
 def test_alibi_slopes_between_powers_of_two() -> None:
-    """The authors' code takes every other slope of the next power of two: 12 heads are 8's and the 1st, 3rd, 5th, 7th of 16's."""
+    """The authors' code: 12 heads have the slopes of 8, then the 1st, 3rd, 5th, 7th of 16."""
     np.testing.assert_allclose(alibi_slopes(12), [*alibi_slopes(8), *alibi_slopes(16)[0:8:2]], rtol=1e-6)
     assert alibi_slopes(1).tolist() == [2**-8]
 

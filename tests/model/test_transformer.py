@@ -59,8 +59,10 @@ def value_and_gradient(execution: Execution):  # type: ignore[no-untyped-def]
 
 
 def assert_close(found: Any, expected: Any, tolerance: float) -> None:
-    """Every leaf within `tolerance` of its largest entry, or of a thousandth of the largest of all (a key's bias has none)."""
-    pairs = [(np.asarray(f), np.asarray(e)) for f, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)]
+    """Every leaf within `tolerance` of its largest entry, at least a thousandth of all' (a key bias's is zero)."""
+    pairs = [
+        (np.asarray(f), np.asarray(e)) for f, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    ]
     floor = 1e-3 * max(np.abs(e).max() for _, e in pairs)
     for f, e in pairs:
         np.testing.assert_allclose(f, e, atol=tolerance * max(np.abs(e).max(), floor), rtol=0)
@@ -213,7 +215,7 @@ def test_absolute_and_relative_positions(position: str, moves: bool) -> None:
 
 @pytest.mark.parametrize("depth_scaling", ["total", "layer"])
 def test_initial_weights(depth_scaling: str) -> None:
-    """Std of every matrix by its role, layer by layer; layers, matrices and experts all differ; norms and biases neutral."""
+    """Std of every matrix by role and layer; layers, matrices and experts all differ; norms and biases neutral."""
     init = {"std": 0.05, "depth_scaling": depth_scaling}
     attention = {"kind": "gqa", "heads": 8, "head_dim": 8, "qkv_bias": True}
     segments = [{"repeat": 2}, {"repeat": 1, "unit": [{"mlp": {**MOE, "expert": {"kind": "swiglu", "d_ff": 64}}}, {}]}]
