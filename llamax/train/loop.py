@@ -112,7 +112,7 @@ class _Session:
             with stop_signals() as stop:
                 if dispatch is not None:
                     state, step, cause = self._train(dispatch, state, step, checkpoints, stop)
-                checkpoints.save(step, state, self._meta(cause), permanent=True)
+                self._save(checkpoints, step, state, permanent=True, cause=cause)
                 found = self._evaluate(state, step, stop)
                 checkpoints.wait()
                 if found is None:
@@ -131,7 +131,7 @@ class _Session:
             return init_state(self.config, self.horizon.steps, self.abstract), 0, None
         step, state, meta = found
         self.seconds_before, self.loss = float(meta.get("seconds", 0.0)), meta.get("loss")
-        self.run_dir.rewind(step)
+        self.run_dir.rewind(step, meta.get("newest"))
         return state, step, meta.get("cause")
 
     def _compile(self, state: TrainState) -> Dispatch:
@@ -172,11 +172,11 @@ class _Session:
     ) -> None:
         """Between two dispatches: save, evaluate, and end here if a signal asks for it."""
         if save:
-            checkpoints.save(step, state, self._meta(), permanent=save == "permanent")
+            self._save(checkpoints, step, state, permanent=save == "permanent")
         if self._evaluation_due(step) and not stop:
             self._evaluate(state, step, stop)
         if stop.signal:
-            checkpoints.save(step, state, self._meta(), permanent=False)
+            self._save(checkpoints, step, state, permanent=False)
             checkpoints.wait()
             raise Interrupted(stop.signal, step)
 
@@ -325,9 +325,13 @@ class _Session:
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.clock
 
-    def _meta(self, cause: str | None = None) -> dict[str, Any]:
-        """What the next process needs besides the state, also when only the evaluation is left to do."""
-        return {"seconds": self._seconds(), "fingerprint": self.store.fingerprint, "loss": self.loss, "cause": cause}
+    def _save(
+        self, checkpoints: Checkpoints, step: int, state: TrainState, *, permanent: bool, cause: str | None = None
+    ) -> None:
+        """Start a checkpoint, with what the next process needs besides the state."""
+        self.run_dir.sync()
+        meta = {"seconds": self._seconds(), "loss": self.loss, "cause": cause, "newest": self.run_dir.newest}
+        checkpoints.save(step, state, {**meta, "fingerprint": self.store.fingerprint}, permanent)
 
     def _progress(self, step: int, phase: str) -> None:
         rate = self.rate

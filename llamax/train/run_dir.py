@@ -36,6 +36,7 @@ class Run:
 
     def __init__(self, path: Path, writer: bool) -> None:
         self.path, self._writer = path, writer
+        self.newest: dict[str, dict[str, Any]] = {}  # the last row of each file, for a checkpoint to carry
 
     @property
     def checkpoints(self) -> Path:
@@ -51,6 +52,7 @@ class Run:
         """Append rows, each with a `step`, to metrics.jsonl in one write. Raises UserError when the disk refuses."""
         if self._writer and rows:
             append_rows(self.path / METRICS, rows)
+            self.newest[METRICS] = plain(rows[-1])
 
     def log_eval(self, row: Mapping[str, Any]) -> None:
         """Append one row, with a `step`, to evals.jsonl, in place of one of that step: a resumed run evaluates again.
@@ -60,21 +62,32 @@ class Run:
         if self._writer:
             drop_rows_after(self.path / EVALS, row["step"] - 1)
             append_rows(self.path / EVALS, [row])
+            self.newest[EVALS] = plain(row)
 
-    def rewind(self, step: int) -> None:
-        """Drop the rows after `step`, to log those steps again. Raises UserError for a damaged line."""
+    def rewind(self, step: int, newest: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        """Drop the rows after `step`, to log those steps again; put back those of `newest` that were cut off.
+
+        `newest` is what `Run.newest` was at `step`. Raises UserError for a damaged line.
+        """
+        self.newest = {name: dict(row) for name, row in (newest or {}).items()}
         for name in (METRICS, EVALS) if self._writer else ():
             drop_rows_after(self.path / name, step)
+            row, rows = self.newest.get(name), read_rows(self.path / name)
+            if row is not None and (not rows or rows[-1]["step"] < row["step"]):
+                append_rows(self.path / name, [row])
 
-    def finish(self, result: Mapping[str, Any]) -> None:
-        """Write result.json, which ends the run; the rows reach the disk first. Raises UserError when it refuses."""
-        if not self._writer:
-            return
-        for name in (METRICS, EVALS):
+    def sync(self) -> None:
+        """Bring the rows to the disk, so that no checkpoint outlives its rows. Raises UserError when it refuses."""
+        for name in (METRICS, EVALS) if self._writer else ():
             if (self.path / name).exists():
                 with writing(self.path / name), open(self.path / name, "rb") as file:
                     os.fsync(file.fileno())
-        _write_json(self.path / RESULT, plain(result))
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Write result.json, which ends the run; the rows reach the disk first. Raises UserError when it refuses."""
+        self.sync()
+        if self._writer:
+            _write_json(self.path / RESULT, plain(result))
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def run_config(*overrides: str, store: Path | None = None) -> RunConfig:
 
 def write_texts(folder: Path, seed: int = 0, files: int = 24) -> Path:
     """A folder of small texts of few words, easy to learn and never the same twice."""
-    rng, words = random.Random(seed), "the model learns a token and then another one from its context".split()
+    rng, words = random.Random(seed), ["the", "model", "learns", "a", "token", "and", "then", "another", "from", "context"]
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(files):
         text = " ".join(rng.choice(words) for _ in range(60))

@@ -14,7 +14,7 @@ import pytest
 
 from llamax.config.run import RunConfig
 from llamax.model.execution import Execution
-from llamax.train.state import TrainState, hyper_of, init_state
+from llamax.train.state import TrainState, hyper_of
 from llamax.train.step import AVERAGE_DECAY, Dispatch, loss_and_gradients, train_step
 from tests.train.runs import MIXTURE, STEPS, assert_same_bits, go, prepare, run_config, tokens_of
 
@@ -33,8 +33,10 @@ def base() -> tuple[Dispatch, TrainState, RunConfig]:
     return *prepare(config), config
 
 
-def cached(dispatch: Any) -> int:
-    return dispatch._cache_size()
+def with_hyper(state: TrainState, **changes: Any) -> TrainState:
+    """`state` with other numbers, placed as the ones they replace (another placement is another program)."""
+    new = {name: jax.device_put(jnp.float32(value), state.hyper[name].sharding) for name, value in changes.items()}
+    return dataclasses.replace(state, hyper={**state.hyper, **new})
 
 
 # ---------------------------------------------------------------- what recompiles
@@ -42,15 +44,13 @@ def test_no_number_recompiles_and_each_is_used():
     dispatch, state, config = base()
     batches = tokens_of(10, config)
     plain, metrics, _ = go(dispatch, state, batches, 3)
-    before = cached(dispatch)
     for number in NUMBERS[:-1]:
         other = run_config(number)
-        changed = dataclasses.replace(state, hyper=hyper_of(other, other.train.steps))
-        _, found, _ = go(dispatch, changed, batches, 3)
+        _, found, _ = go(dispatch, with_hyper(state, **hyper_of(other, other.train.steps)), batches, 3)
         moved = any(not np.array_equal(found[name], metrics[name]) for name in metrics)
         # Nothing to clip or to refuse in these three steps, so those two numbers must change nothing.
         assert moved == (number.split("=")[0] not in ("optimizer.clip_norm", "train.divergence_factor")), number
-    assert cached(dispatch) == before == 1
+    assert dispatch._cache_size() == 1
     assert int(plain.step) == 3
 
 
@@ -82,15 +82,20 @@ def test_a_dispatch_cut_anywhere_gives_the_same_bits(cuts: tuple[int, ...]):
 
 
 # ---------------------------------------------------------------- options that change no number
-def one_gradient(config: RunConfig, batch: dict[str, Any], **execution: Any) -> tuple[Any, Any, Any]:
-    state = base()[1] if config.model == base()[2].model else prepare(config)[1]
-    hyper = hyper_of(config, STEPS)
-    run = jax.jit(lambda m, b: loss_and_gradients(m, b, hyper, config, Execution(**execution)))
-    return run(state.model, batch)
+@functools.cache
+def one_gradient(*overrides: str, masked: bool = False, execution: Execution = Execution()) -> tuple[Any, Any, Any]:
+    """`loss_and_gradients` of the first batch at the base weights, with a z-loss."""
+    config = run_config("train.z_loss=0.001", *overrides)
+    run = jax.jit(lambda m, b: loss_and_gradients(m, b, hyper_of(config, STEPS), config, execution))
+    return run(base()[1].model, one_batch(masked))
 
 
-def first(batches: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: value[0] for name, value in batches.items()}
+def one_batch(masked: bool = False) -> dict[str, np.ndarray]:
+    batch = {name: value[0] for name, value in tokens_of(1, run_config()).items()}
+    if masked:  # from 16 targets in the first row to 2 in the last, so that a mean of means would be another number
+        left = np.arange(17)[None] - 16 + 2 * np.arange(8)[:, None]
+        batch["segments"] = 1 + np.maximum(left, 0).astype(np.int32)
+    return batch
 
 
 def assert_close(a: Any, b: Any, rtol: float) -> None:
@@ -101,75 +106,60 @@ def assert_close(a: Any, b: Any, rtol: float) -> None:
 
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 def test_accumulation_equals_the_whole_batch(masked: bool):
-    config = run_config("train.z_loss=0.001")
-    batch = first(tokens_of(1, config))
-    if masked:  # microbatches with 16 down to 0 targets left, so that a mean of means would be another number
-        ends = np.arange(8)[:, None] * 2
-        batch["segments"] = 1 + np.maximum(np.arange(17)[None] - 16 + ends, 0).astype(np.int32)
-    loss, _, gradients = one_gradient(config, batch)
-    split = run_config("train.z_loss=0.001", "train.grad_accumulation=4")
-    loss4, _, gradients4 = one_gradient(split, batch)
+    loss, _, gradients = one_gradient(masked=masked)
+    loss4, _, gradients4 = one_gradient("train.grad_accumulation=4", masked=masked)
     np.testing.assert_allclose(loss4, loss, rtol=1e-6)
     assert_close(gradients4, gradients, 1e-5)
 
 
 def test_loss_of_masked_documents_is_the_mean_over_what_is_predicted():
-    config = run_config()
-    batch = first(tokens_of(1, config))
-    rng = np.random.default_rng(3)
-    batch["segments"] = 1 + np.cumsum(rng.random((8, 17)) < 0.3, axis=1).astype(np.int32)
-    loss, _, _ = one_gradient(config, batch)
+    batch = one_batch(masked=True)
     tokens, segments = batch["tokens"], batch["segments"]
-    logits = np.asarray(base()[1].model(jnp.asarray(tokens[:, :-1]), jnp.asarray(segments[:, :-1])), np.float64)
+    logits = jax.jit(lambda m, t, g: m(t, g))(base()[1].model, tokens[:, :-1], segments[:, :-1])
+    logits = np.asarray(logits, np.float64)
     nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
     same = segments[:, 1:] == segments[:, :-1]
-    assert 0.5 < same.mean() < 0.9
-    np.testing.assert_allclose(loss, nats[same].mean(), rtol=1e-5)
+    assert same.sum(1).tolist() == [16, 14, 12, 10, 8, 6, 4, 2]
+    np.testing.assert_allclose(one_gradient(masked=True)[0], nats[same].mean(), rtol=1e-5)
 
 
 def test_loss_in_chunks_is_the_same():
-    batch = first(tokens_of(1, base()[2]))
-    whole = one_gradient(run_config("train.z_loss=0.01"), batch)
-    chunked = one_gradient(run_config("train.z_loss=0.01", "train.loss_chunk=32"), batch)
+    whole, chunked = one_gradient(), one_gradient("train.loss_chunk=32")
     np.testing.assert_allclose(chunked[0], whole[0], rtol=1e-6)
     assert_close(chunked[2], whole[2], 1e-5)
 
 
 def test_bfloat16_compute_is_close_and_keeps_float32_gradients():
-    batch = first(tokens_of(1, base()[2]))
-    exact = one_gradient(run_config(), batch)
-    for activation in ("float32", "bfloat16"):
-        loss, _, gradients = one_gradient(run_config(), batch, compute="bfloat16", activation=activation)
-        np.testing.assert_allclose(loss, exact[0], rtol=2e-3)
-        assert float(loss) != float(exact[0])
-        assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
-        assert_close(gradients, exact[2], 0.1)
+    loss, _, gradients = one_gradient(execution=Execution(compute="bfloat16", activation="bfloat16"))
+    np.testing.assert_allclose(loss, one_gradient()[0], rtol=2e-3)
+    assert float(loss) != float(one_gradient()[0])
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
+    assert_close(gradients, one_gradient()[2], 0.1)
 
 
 def test_remat_keeps_the_numbers_and_trades_memory_for_work():
-    config = run_config("model.segments=[{repeat: 6}]", "model.mlp.d_ff=64", "train.batch_size=16")
-    state = prepare(config)[1]
-    batch = first(tokens_of(1, config))
-    hyper, found = hyper_of(config, STEPS), {}
+    config = run_config("model.segments=[{repeat: 4}]", "model.mlp.d_ff=64", "train.batch_size=16")
+    state, batch, hyper = prepare(config)[1], first(tokens_of(1, config)), hyper_of(config, STEPS)
+    found = {}
     for remat in ("none", "dots", "full"):
         # Unrolled, so that XLA's flop count, which enters a loop once, counts every layer.
         execution = Execution(remat=remat, unroll=True)
         run = jax.jit(functools.partial(loss_and_gradients, config=config, execution=execution))
         compiled = run.lower(state.model, batch, hyper).compile()
-        scanned = jax.jit(functools.partial(loss_and_gradients, config=config, execution=Execution(remat=remat)))
-        scratch = scanned.lower(state.model, batch, hyper).compile().memory_analysis().temp_size_in_bytes
-        found[remat] = (compiled(state.model, batch, hyper), compiled.cost_analysis()["flops"], scratch)
+        flops, scratch = compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
+        found[remat] = compiled(state.model, batch, hyper), flops, scratch
     none, dots, full = (found[name] for name in ("none", "dots", "full"))
     for other in (dots, full):
         np.testing.assert_allclose(other[0][0], none[0][0], rtol=1e-6)
         assert_close(other[0][2], none[0][2], 1e-5)
-    assert none[1] <= dots[1] < full[1]
+    # What `full` multiplies again, `dots` has kept: a forward pass of the layers is a fifth of the whole.
+    assert none[1] <= dots[1] < none[1] + 0.5 * (full[1] - none[1])
     assert full[2] < dots[2] < none[2]
 
 
 # ---------------------------------------------------------------- bad steps
 def spiked(config: RunConfig, at: int) -> dict[str, np.ndarray]:
-    """Ten batches, that of step `at` (from 0) of tokens no other one has."""
+    """Ten batches, all of one alphabet but that of step `at` (from 0) of tokens no other one has."""
     batches = tokens_of(10, config, vocab=8)
     batches["tokens"][at] = 200 + batches["tokens"][at][:, ::-1]
     return batches
@@ -180,18 +170,15 @@ def test_divergence_stops_at_the_bad_step_with_the_weights_before_it(kind: str):
     dispatch, state, config = base()
     batches = spiked(config, 6)
     if kind == "loss":
-        hyper = {**state.hyper, "lr": jnp.float32(0.03), "divergence_factor": jnp.float32(1.3)}
-        bad_at = 6
+        bad_at, state = 6, with_hyper(state, lr=0.1, divergence_factor=1.5)
     else:
-        hyper = {**state.hyper, "z_loss": jnp.float32(np.inf)}  # a finite loss, gradients that are not
-        bad_at = 0
-    state = dataclasses.replace(state, hyper=hyper)
+        bad_at, state = 0, with_hyper(state, z_loss=np.inf)  # a finite loss, gradients that are not
     before, _, _ = go(dispatch, state, batches, bad_at)
     after, metrics, ran = go(dispatch, state, batches, 10)
     assert ran == bad_at + 1
     assert metrics["bad"].tolist() == [0.0] * bad_at + [1.0]
     if kind == "loss":
-        assert metrics["loss"][-1] > 1.3 * float(before.average)
+        assert metrics["loss"][-1] > 1.5 * float(before.average)
     else:
         assert np.isfinite(metrics["loss"][-1])
         assert not np.isfinite(metrics["grad_norm"][-1])
@@ -203,7 +190,7 @@ def test_divergence_stops_at_the_bad_step_with_the_weights_before_it(kind: str):
 
 
 def test_skip_goes_on_and_counts():
-    config = run_config("train.on_divergence=skip", "train.divergence_factor=1.3", "optimizer.lr=0.03")
+    config = run_config("train.on_divergence=skip", "train.divergence_factor=1.5", "optimizer.lr=0.1")
     dispatch, state = prepare(config)
     batches = spiked(config, 6)
     before, _, _ = go(dispatch, state, batches, 6)
@@ -228,10 +215,15 @@ def test_the_running_average_is_of_good_losses():
 
 
 # ---------------------------------------------------------------- mixture of experts
+@functools.cache
+def mixture() -> tuple[Dispatch, TrainState, RunConfig]:
+    config = run_config(MOE)
+    return *prepare(config), config
+
+
 def test_mixture_metrics_of_a_router_that_knows_nothing():
     """Zero router weights: probabilities are uniform, ties go to the first experts, so each metric has a formula."""
-    config = run_config(MOE, "train.moe_balance_loss=0.5", "train.moe_z_loss=0.25")
-    state = prepare(config)[1]
+    config, state = mixture()[2], mixture()[1]
     routers = [leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state.model)[0] if "router" in str(path)]
     assert routers
     model = jax.tree_util.tree_map_with_path(
@@ -239,28 +231,22 @@ def test_mixture_metrics_of_a_router_that_knows_nothing():
     )
     hyper = hyper_of(config, STEPS)
     batch = first(tokens_of(1, config))
-    for parts in (1, 4):
-        split = run_config(MOE, f"train.grad_accumulation={parts}")
-        run = jax.jit(functools.partial(loss_and_gradients, config=split, execution=Execution()))
-        _, metrics, gradients = run(model, batch, hyper)
-        experts, top_k, layers = 4, 2, 2
-        np.testing.assert_allclose(metrics["moe_balance_loss"], 1.0, rtol=1e-6)
-        np.testing.assert_allclose(metrics["moe_z_loss"], np.log(experts) ** 2, rtol=1e-6)
-        np.testing.assert_allclose(metrics["moe_entropy_min"], np.log(top_k) / np.log(experts), rtol=1e-6)
-        assert float(metrics["moe_dead_experts"]) == (experts - top_k) * layers
-        assert float(metrics["moe_drop_fraction"]) == 0.0
-        if parts == 1:
-            whole = gradients
-    assert_close(gradients, whole, 1e-5)  # balance of a microbatch equals that of the batch here
+    split = run_config(MOE, "train.grad_accumulation=4")  # each metric is a mean over microbatches
+    run = jax.jit(functools.partial(loss_and_gradients, config=split, execution=Execution()))
+    _, metrics, _ = run(model, batch, hyper)
+    experts, top_k, layers = 4, 2, 2
+    np.testing.assert_allclose(metrics["moe_balance_loss"], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(metrics["moe_z_loss"], np.log(experts) ** 2, rtol=1e-6)
+    np.testing.assert_allclose(metrics["moe_entropy_min"], np.log(top_k) / np.log(experts), rtol=1e-6)
+    assert float(metrics["moe_dead_experts"]) == (experts - top_k) * layers
+    assert float(metrics["moe_drop_fraction"]) == 0.0
 
 
 def test_mixture_losses_reach_the_router_and_the_metrics():
-    config = run_config(MOE)
-    dispatch, state = prepare(config)
+    dispatch, state, config = mixture()
     batches = tokens_of(10, config)
-    tilt = {**state.hyper, "moe_balance_loss": jnp.float32(10.0)}
     _, plain, _ = go(dispatch, state, batches, 10)
-    _, tilted, _ = go(dispatch, dataclasses.replace(state, hyper=tilt), batches, 10)
+    _, tilted, _ = go(dispatch, with_hyper(state, moe_balance_loss=10.0), batches, 10)
     assert set(plain) == {
         "loss", "lr", "grad_norm", "param_norm", "update_norm", "bad", "moe_balance_loss", "moe_z_loss",
         "moe_entropy_min", "moe_dead_experts", "moe_drop_fraction",
@@ -276,15 +262,15 @@ def test_mixture_losses_reach_the_router_and_the_metrics():
     [
         ("adamw", "cosine", 0.02),
         ("muon", "linear", 0.02),
-        ("lion", "wsd", 0.004),
-        ("adafactor", "constant", 0.02),
-        ("sgd", "cosine", 0.3),
+        pytest.param("lion", "wsd", 0.004, marks=pytest.mark.slow),
+        pytest.param("adafactor", "constant", 0.02, marks=pytest.mark.slow),
+        pytest.param("sgd", "cosine", 0.3, marks=pytest.mark.slow),
     ],
 )
 def test_every_kind_learns(optimizer: str, schedule: str, lr: float):
     config = run_config(
         f"optimizer={{kind: {optimizer}, lr: {lr}}}", f"schedule.kind={schedule}", "train.steps=30",
-        "train.steps_per_dispatch=30",
+        "train.steps_per_dispatch=30", "model.segments=[{repeat: 1}]",
     )  # fmt: skip
     dispatch, state = prepare(config)
     _, metrics, _ = go(dispatch, state, tokens_of(30, config), 30)
@@ -294,24 +280,22 @@ def test_every_kind_learns(optimizer: str, schedule: str, lr: float):
 
 
 def test_vmap_over_hyper_is_separate_runs():
-    _, state, config = base()
-    batch = first(tokens_of(1, config))
-    cells = [run_config(), run_config("optimizer.lr=0.03", "optimizer.weight_decay=0.5", "train.z_loss=0.01")]
-    states = [init_state(c, STEPS, abstract_of(state)) for c in cells]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    dispatch, state, config = base()
+    batches = tokens_of(10, config)
+    states = [state, with_hyper(state, lr=0.03, weight_decay=0.5, b1=0.8, clip_norm=0.5, z_loss=0.01)]
+    hyper = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(s.hyper for s in states))
+    axes = TrainState(None, None, None, None, None, 0)  # only the numbers differ
     step = functools.partial(train_step, config=config, execution=Execution())
-    many, alone = jax.jit(jax.vmap(step, in_axes=(0, None))), jax.jit(step)
-    for _ in range(3):
-        stacked, metrics = many(stacked, batch)
-        results = [alone(s, batch) for s in states]
-        states = [s for s, _ in results]
-        for i, (_, single) in enumerate(results):
-            for name, value in single.items():
-                np.testing.assert_allclose(metrics[name][i], value, rtol=1e-5, err_msg=name)
-    for i, single_state in enumerate(states):
-        assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], stacked.model), single_state.model, 1e-5)
-    assert float(metrics["loss"][0]) != float(metrics["loss"][1])
 
+    def three(state: TrainState, batches: dict[str, Any]) -> tuple[TrainState, Any]:
+        return jax.lax.scan(step, state, batches)
 
-def abstract_of(state: TrainState) -> TrainState:
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+    many, metrics = jax.jit(jax.vmap(three, in_axes=(axes, None)))(
+        dataclasses.replace(state, hyper=hyper), {name: value[:3] for name, value in batches.items()}
+    )
+    for i, alone in enumerate(states):
+        after, single, _ = go(dispatch, alone, batches, 3)
+        for name, value in single.items():
+            np.testing.assert_allclose(metrics[name][i], value, rtol=1e-5, err_msg=name)
+        assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], many.model), after.model, 1e-4)
+    assert float(metrics["loss"][0, 2]) != float(metrics["loss"][1, 2])
