@@ -17,14 +17,6 @@ FLAT = Groups(**{group: Group() for group in GROUPS})  # every multiplier 1
 KINDS = {kind().kind: kind for kind in (AdamW, Muon, Lion, Adafactor, Sgd)}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    """Compiling is nearly all the time of these tests, and none is about speed."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def param(rng, shape, axes, group, inputs):
     return nnx.Param(jnp.asarray(rng.standard_normal(shape), jnp.float32), axes=axes, group=group, inputs=inputs)
 
