@@ -263,7 +263,7 @@ def test_a_diverged_run_exits_with_one(store: Path, tmp_path: Path, cli: Callabl
 
 def test_skipped_steps_are_counted_and_every_one_is_logged(store: Path, tmp_path: Path):
     path = tmp_path / "run"
-    overrides = ("train.on_divergence=skip", "train.divergence_factor=1.01", "optimizer.lr=0.3", "log.every_steps=1000")
+    overrides = ("train.on_divergence=skip", "train.divergence_factor=1.01", "optimizer.lr=1.0", "log.every_steps=1000")
     result = train(loop_config(store, *overrides), path)
     bad = [row["step"] for row in read_metrics(path) if row["bad"]]
     assert result["status"] == "done"

@@ -138,13 +138,12 @@ def test_bfloat16_compute_is_close_and_keeps_float32_gradients():
 
 
 def test_remat_keeps_the_numbers_and_trades_memory_for_work():
-    config = run_config("model.segments=[{repeat: 4}]", "model.mlp.d_ff=64", "train.batch_size=16")
-    state, batch, hyper = prepare(config)[1], first(tokens_of(1, config)), hyper_of(config, STEPS)
+    config = run_config("model.segments=[{repeat: 8}]", "model.mlp.d_ff=64", "train.seq_len=32")
+    state, hyper = prepare(config)[1], hyper_of(config, STEPS)
+    batch = {name: value[0] for name, value in tokens_of(1, config).items()}
     found = {}
     for remat in ("none", "dots", "full"):
-        # Unrolled, so that XLA's flop count, which enters a loop once, counts every layer.
-        execution = Execution(remat=remat, unroll=True)
-        run = jax.jit(functools.partial(loss_and_gradients, config=config, execution=execution))
+        run = jax.jit(functools.partial(loss_and_gradients, config=config, execution=Execution(remat=remat)))
         compiled = run.lower(state.model, batch, hyper).compile()
         flops, scratch = compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
         found[remat] = compiled(state.model, batch, hyper), flops, scratch
@@ -152,8 +151,8 @@ def test_remat_keeps_the_numbers_and_trades_memory_for_work():
     for other in (dots, full):
         np.testing.assert_allclose(other[0][0], none[0][0], rtol=1e-6)
         assert_close(other[0][2], none[0][2], 1e-5)
-    # What `full` multiplies again, `dots` has kept: a forward pass of the layers is a fifth of the whole.
-    assert none[1] <= dots[1] < none[1] + 0.5 * (full[1] - none[1])
+    # `full` multiplies every product of a layer again, `dots` only the two inside attention.
+    assert none[1] < dots[1] < none[1] + 0.5 * (full[1] - none[1])
     assert full[2] < dots[2] < none[2]
 
 
@@ -230,7 +229,7 @@ def test_mixture_metrics_of_a_router_that_knows_nothing():
         lambda path, leaf: jnp.zeros_like(leaf) if "router" in str(path) else leaf, state.model
     )
     hyper = hyper_of(config, STEPS)
-    batch = first(tokens_of(1, config))
+    batch = one_batch()
     split = run_config(MOE, "train.grad_accumulation=4")  # each metric is a mean over microbatches
     run = jax.jit(functools.partial(loss_and_gradients, config=split, execution=Execution()))
     _, metrics, _ = run(model, batch, hyper)
@@ -284,15 +283,9 @@ def test_vmap_over_hyper_is_separate_runs():
     batches = tokens_of(10, config)
     states = [state, with_hyper(state, lr=0.03, weight_decay=0.5, b1=0.8, clip_norm=0.5, z_loss=0.01)]
     hyper = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(s.hyper for s in states))
-    axes = TrainState(None, None, None, None, None, 0)  # only the numbers differ
     step = functools.partial(train_step, config=config, execution=Execution())
-
-    def three(state: TrainState, batches: dict[str, Any]) -> tuple[TrainState, Any]:
-        return jax.lax.scan(step, state, batches)
-
-    many, metrics = jax.jit(jax.vmap(three, in_axes=(axes, None)))(
-        dataclasses.replace(state, hyper=hyper), {name: value[:3] for name, value in batches.items()}
-    )
+    three = {name: value[:3] for name, value in batches.items()}
+    many, metrics = jax.jit(jax.vmap(lambda h: jax.lax.scan(step, dataclasses.replace(state, hyper=h), three)))(hyper)
     for i, alone in enumerate(states):
         after, single, _ = go(dispatch, alone, batches, 3)
         for name, value in single.items():
