@@ -59,18 +59,24 @@ def single(kind: str) -> dict[str, np.ndarray]:
     return losses(run_config({"data": 1}, MIXTURE if kind == "mixture" else DENSE), jax.devices()[:1])
 
 
+MESHES = [
+    ({"data": 8}, "dense"),
+    ({"fsdp": 8, "data": 1}, "dense"),
+    ({"data": 2, "tensor": 4}, "dense"),
+    ({"fsdp": 2, "expert": 4, "data": 1}, "mixture"),
+]
+MORE = [
+    ({"data": 8, "rules": "replicated"}, "dense"),
+    ({"data": 2, "fsdp": 2, "tensor": 2}, "dense"),
+    ({"data": 8}, "mixture"),
+    ({"fsdp": 8, "data": 1}, "mixture"),
+    ({"data": 2, "tensor": 4}, "mixture"),
+]
+
+
 @pytest.mark.parametrize(
     ("mesh", "kind"),
-    [
-        ({"data": 8}, "dense"),
-        ({"fsdp": 8, "data": 1}, "dense"),
-        ({"data": 2, "tensor": 4}, "dense"),
-        ({"data": 8, "rules": "replicated"}, "dense"),
-        ({"data": 8}, "mixture"),
-        ({"fsdp": 8, "data": 1}, "mixture"),
-        ({"data": 2, "tensor": 4}, "mixture"),
-        ({"fsdp": 2, "expert": 4, "data": 1}, "mixture"),
-    ],
+    [*MESHES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)],
     ids=lambda value: value if isinstance(value, str) else ",".join(f"{k}={v}" for k, v in value.items()),
 )
 def test_losses_equal_one_device(mesh: dict[str, int], kind: str) -> None:

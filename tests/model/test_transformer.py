@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -44,10 +43,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-# Compiled once and run once: without LLVM's optimizer, which is most of the time here.
-compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
 def value_and_gradient(execution: Execution):  # type: ignore[no-untyped-def]
     """jitted (model, tokens) -> (mean loss with z-loss and router losses, gradient); chunks of two positions."""
 
@@ -55,7 +50,7 @@ def value_and_gradient(execution: Execution):  # type: ignore[no-untyped-def]
         nats, z, count, routers = next_token_loss(model, tokens, None, None, jnp.float32(0.1), 4, execution)
         return (nats + z) / count + sum(0.1 * routers[name].mean() for name in ("balance", "z") if routers)
 
-    return compiled(jax.value_and_grad(loss))
+    return jax.jit(jax.value_and_grad(loss))
 
 
 def assert_close(found: Any, expected: Any, tolerance: float) -> None:
@@ -78,7 +73,7 @@ def test_logits_do_not_depend_on_later_tokens(name: str) -> None:
     def some_function(model: Transformer) -> jax.Array:
         return jnp.sum(jnp.sin(model(tokens)[0, t]))
 
-    rows = np.abs(np.asarray(compiled(jax.grad(some_function))(model).embedding[...])).max(-1)
+    rows = np.abs(np.asarray(jax.jit(jax.grad(some_function))(model).embedding[...])).max(-1)
     assert np.all(rows[t + 1 :] == 0)
     assert np.all(rows[t - 1 : t + 1] > 0)
 
@@ -87,7 +82,7 @@ def test_logits_do_not_depend_on_later_tokens(name: str) -> None:
 def test_masked_documents_equal_documents_alone(name: str) -> None:
     """Rotary and nope depend on distance only, so a packed document has the logits it has alone."""
     model, tokens = small_model(**VARIANTS[name]), tokens_of(1, 11)
-    run = compiled(lambda t, s: model(t, s))
+    run = jax.jit(lambda t, s: model(t, s))
     packed = run(tokens, jnp.asarray([[7] * 4 + [8] * 7], jnp.int32))
     alone = [run(tokens[:, :4], None), run(tokens[:, 4:], None)]
     np.testing.assert_allclose(packed, jnp.concatenate(alone, 1), atol=2e-5)
@@ -150,7 +145,7 @@ def test_segments_run_in_order(mlp: dict[str, Any]) -> None:
             one = jax.tree.map(lambda a, i=repeat: a[i], block)
             x, statistics = one(x, table if one.config.position.kind == "rope" else None, None, Execution())
             balance += [statistics["balance"]] if statistics else []
-    found, statistics = compiled(lambda m, t: m.features(t))(model, tokens)
+    found, statistics = jax.jit(lambda m, t: m.features(t))(model, tokens)
     assert [b.attention.window for b in model.config.layers] == [3, None, 3, None, 3]
     np.testing.assert_allclose(found, model.norm(x), atol=1e-5)
     np.testing.assert_allclose(statistics.get("balance", jnp.zeros(0)), balance, rtol=1e-6)
@@ -159,7 +154,7 @@ def test_segments_run_in_order(mlp: dict[str, Any]) -> None:
 def test_mixed_dense_and_mixture_layers() -> None:
     """DeepSeek's shape: a dense layer, then mixtures; statistics have one entry a mixture."""
     model = small_model(segments=[{"repeat": 1}, {"repeat": 2, "unit": [{"mlp": MOE}, {}]}])
-    _, statistics = compiled(lambda m, t: m.features(t))(model, tokens_of(2, 9))
+    _, statistics = jax.jit(lambda m, t: m.features(t))(model, tokens_of(2, 9))
     assert {name: value.shape for name, value in statistics.items()} == dict.fromkeys(statistics, (2,))
     assert len(statistics) == 5
 
@@ -168,7 +163,7 @@ def test_mixed_dense_and_mixture_layers() -> None:
 def test_head(head: dict[str, Any]) -> None:
     model, tokens = small_model(head=head), tokens_of(2, 5)
     w = model.embedding[...].T if head.get("tied") else model.head[...]
-    features, found = compiled(lambda m, t: (m.features(t)[0], m(t)))(model, tokens)
+    features, found = jax.jit(lambda m, t: (m.features(t)[0], m(t)))(model, tokens)
     logits = np.asarray(features @ w)
     logits = logits + np.asarray(model.head_bias[...]) if head.get("bias") else logits
     logits = 2.0 * np.tanh(logits / 2.0) if head.get("softcap") else logits
@@ -188,7 +183,7 @@ def test_input_of_the_first_block(position: str, scale: str, monkeypatch: pytest
         expected = expected + sinusoids(5, 16)
     seen: list[jax.Array] = []
     monkeypatch.setattr(Execution, "place", lambda self, x: (seen.append(x), x)[1])
-    found = compiled(lambda m, t: (m.features(t), seen[0])[1])(model, tokens)
+    found = jax.jit(lambda m, t: (m.features(t), seen[0])[1])(model, tokens)
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
@@ -204,7 +199,7 @@ def test_learned_positions_end_at_max_seq_len() -> None:
 def test_absolute_and_relative_positions(position: str, moves: bool) -> None:
     """A masked document moved three tokens on: the same logits for relative kinds, others for absolute ones."""
     model, tokens = small_model(position={"kind": position}), tokens_of(1, 8)
-    run = compiled(lambda t, s: model(t, s))
+    run = jax.jit(lambda t, s: model(t, s))
     early = run(tokens, jnp.asarray([[1] * 5 + [2] * 3], jnp.int32))[:, :5]
     shifted = jnp.concatenate([tokens[:, 5:], tokens[:, :5]], 1)
     late = run(shifted, jnp.asarray([[2] * 3 + [1] * 5], jnp.int32))[:, 3:]
@@ -221,7 +216,7 @@ def test_initial_weights(depth_scaling: str) -> None:
     segments = [{"repeat": 2}, {"repeat": 1, "unit": [{"mlp": {**MOE, "expert": {"kind": "swiglu", "d_ff": 64}}}, {}]}]
     mlp = {"kind": "swiglu", "d_ff": 64}
     config = small_config(d_model=64, attention=attention, mlp=mlp, init=init, segments=segments)
-    model = compiled(lambda key: Transformer(config, key=key))(jax.random.key(0))
+    model = jax.jit(lambda key: Transformer(config, key=key))(jax.random.key(0))
     layers: dict[str, list[np.ndarray]] = {"query": [], "attention_out": [], "up": [], "down": []}
     for stack in model.stacks:
         for i in range(stack.repeat):
@@ -247,7 +242,13 @@ def test_initial_weights(depth_scaling: str) -> None:
 
 def test_fan_in_keeps_the_embedding_at_std() -> None:
     config = small_config(d_model=64, vocab_size=64, init={"kind": "fan_in", "std": 0.01, "depth_scaling": "none"})
-    model = compiled(lambda key: Transformer(config, key=key))(jax.random.key(0))
+    model = jax.jit(lambda key: Transformer(config, key=key))(jax.random.key(0))
     assert float(model.embedding[...].std()) == pytest.approx(0.01, rel=0.05)
     assert float(model.head[...].std()) == pytest.approx(1 / 8, rel=0.05)
     assert float(model.stacks[0].blocks[0].mlp.down[...].std()) == pytest.approx(24**-0.5, rel=0.1)
+
+
+def test_fan_in_of_a_tied_embedding_is_the_head_s() -> None:
+    config = small_config(d_model=64, vocab_size=64, init={"kind": "fan_in", "std": 0.01}, head={"tied": True})
+    model = jax.jit(lambda key: Transformer(config, key=key))(jax.random.key(0))
+    assert float(model.embedding[...].std()) == pytest.approx(1 / 8, rel=0.05)
