@@ -52,6 +52,7 @@ def train(config: RunConfig, run_dir: Path, *, report: Report | None = None) -> 
         Interrupted: a signal asked to stop; the same call resumes.
     """
     start()
+    length = horizon(config)
     store = open_data(config.data)
     _check_vocabulary(config, store)
     rules = load_rules(config.mesh.rules)
@@ -70,7 +71,7 @@ def train(config: RunConfig, run_dir: Path, *, report: Report | None = None) -> 
     with open_run(run_dir, config, store.fingerprint) as run:
         if run.result is not None:
             return run.result
-        return _Session(config, run, store, batches, mesh, abstract, report or _silent).run()
+        return _Session(config, length, run, store, batches, mesh, abstract, report or _silent).run()
 
 
 class _Session:
@@ -79,6 +80,7 @@ class _Session:
     def __init__(
         self,
         config: RunConfig,
+        length: Horizon,
         run: Run,
         store: Store,
         batches: TrainBatches,
@@ -89,7 +91,7 @@ class _Session:
         self.config, self.run_dir, self.store, self.batches, self.mesh = config, run, store, batches, mesh
         self.abstract, self.report = abstract, report
         self.rules = load_rules(config.mesh.rules)
-        self.horizon: Horizon = horizon(config)
+        self.horizon = length
         self.tokens_per_step = config.train.batch_size * config.train.seq_len
         self.flops_per_token = {name: total / self.horizon.tokens for name, total in self.horizon.flops.items()}
         self.clock = time.perf_counter()

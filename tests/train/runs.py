@@ -45,7 +45,7 @@ def run_config(*overrides: str, store: Path | None = None) -> RunConfig:
 
 def write_texts(folder: Path, seed: int = 0, files: int = 24) -> Path:
     """A folder of small texts of few words, easy to learn and never the same twice."""
-    rng, words = random.Random(seed), ["the", "model", "learns", "a", "token", "and", "then", "another", "from", "context"]
+    rng, words = random.Random(seed), ["the", "model", "learns", "a", "token", "and", "then", "another", "again"]
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(files):
         text = " ".join(rng.choice(words) for _ in range(60))
@@ -69,7 +69,9 @@ def prepare(config: RunConfig) -> tuple[Dispatch, TrainState]:
     return make_dispatch(config, rules, mesh, abstract), state
 
 
-def go(dispatch: Dispatch, state: TrainState, batches: dict[str, np.ndarray], count: int) -> tuple[TrainState, Any, int]:
+def go(
+    dispatch: Dispatch, state: TrainState, batches: dict[str, np.ndarray], count: int
+) -> tuple[TrainState, Any, int]:
     """`dispatch` on a copy of `state` (it donates): (state, metrics as NumPy arrays of the steps run, steps run)."""
     state, metrics, ran = dispatch(jax.tree.map(jnp.copy, state), batches, jnp.int32(count))
     return state, {name: np.asarray(value)[: int(ran)] for name, value in metrics.items()}, int(ran)

@@ -34,7 +34,8 @@ def command(store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def start(command: list[str], path: Path, log: Path) -> subprocess.Popen[bytes]:
     flags = "--xla_backend_optimization_level=0"  # one device
     with open(log, "ab") as out:
-        return subprocess.Popen([*command, str(path)], cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags}, stderr=out, stdout=out)
+        words, env = [*command, str(path)], os.environ | {"XLA_FLAGS": flags}
+        return subprocess.Popen(words, cwd=ROOT, env=env, stderr=out, stdout=out)
 
 
 def wait_for_rows(path: Path, more_than: int, child: subprocess.Popen[bytes]) -> None:

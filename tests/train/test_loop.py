@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -119,7 +118,8 @@ def test_result_is_what_happened(store: Path, whole: Path):
         "unique_tokens": batches.unique_tokens(TRAIN_STEPS), "epochs": batches.epochs(TRAIN_STEPS),
         "fingerprint": opened.fingerprint,
     }  # fmt: skip
-    expected |= {f"flops_{name}": pytest.approx(f * tokens) for name, f in training_flops_per_token(config.model, SEQ).items()}
+    per_token = training_flops_per_token(config.model, SEQ)
+    expected |= {f"flops_{name}": pytest.approx(flops * tokens) for name, flops in per_token.items()}
     assert {name: result.pop(name) for name in expected} == expected
     assert set(result) == set(TIMED)
     assert result["seconds"] >= rows[-1]["seconds"]
