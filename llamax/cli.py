@@ -191,10 +191,10 @@ def sweep_status(study: StudyPath, as_json: Json = False) -> None:
 def fit(
     data: Annotated[Path, typer.Argument(help="A study directory, or a CSV or Parquet table of runs.")],
     n: Annotated[str, typer.Option(help="Column of parameters.")] = "n",
-    d: Annotated[str, typer.Option(help="Column of training tokens.")] = "tokens",
+    d: Annotated[str, typer.Option(help="Column of training tokens; empty to derive it from FLOPs.")] = "tokens",
     loss: Annotated[str, typer.Option(help="Column of loss, nats per token.")] = "eval_loss",
-    flops: Annotated[str | None, typer.Option(help="Column of training FLOPs.")] = "flops_6n",
-    budget: Annotated[str | None, typer.Option(help="Column of the nominal budget (approach 2).")] = "budget",
+    flops: Annotated[str | None, typer.Option(help="Column of training FLOPs; empty for 6 N D.")] = "flops_6n",
+    budget: Annotated[str | None, typer.Option(help="Column of the nominal budget, for approach 2; empty for none.")] = "budget",
     approach: Annotated[list[int] | None, typer.Option(help="2 (parabolas), 3 (parametric); default both.")] = None,
     bootstrap: Annotated[int, typer.Option(help="Resamples for the intervals; 0 for none.")] = 300,
     delta: Annotated[float, typer.Option(help="Huber threshold on log loss.")] = 1e-3,
@@ -205,7 +205,7 @@ def fit(
     """Fit scaling laws with bootstrap intervals to a study or to any table of runs."""
     from llamax.fitting import fit_data, fit_tables
 
-    columns = {"n": n, "d": d, "loss": loss, "flops": flops, "budget": budget}
+    columns = {"n": n, "d": d or None, "loss": loss, "flops": flops or None, "budget": budget or None}
     result = fit_data(data, columns, approach or [2, 3], bootstrap=bootstrap, delta=delta, seed=seed, at=at)
     if as_json:
         _print_json(result)

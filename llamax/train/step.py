@@ -99,7 +99,7 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig, execution: Ex
     """
     hyper = state.hyper
     loss, routers, gradients = loss_and_gradients(state.model, batch, hyper, config, execution)
-    grad_norm = optax.global_norm(gradients)
+    grad_norm = optax.tree.norm(gradients)
     lr = learning_rate(config.schedule.kind, state.step, hyper)
     optimizer = make_optimizer(config.optimizer, hyper, lr)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.model)
@@ -115,8 +115,8 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig, execution: Ex
         "loss": loss,
         "lr": lr,
         "grad_norm": grad_norm,
-        "param_norm": optax.global_norm(model),
-        "update_norm": optax.global_norm(updates),
+        "param_norm": optax.tree.norm(model),
+        "update_norm": optax.tree.norm(updates),
         "bad": (~good).astype(jnp.float32),
         **routers,
     }
