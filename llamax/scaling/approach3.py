@@ -4,8 +4,7 @@ Minimises  sum_i Huber_delta(LSE(a - alpha log N_i, b - beta log D_i, e) - log L
 beta), with A = exp(a), B = exp(b), E = exp(e). The SUM, not the mean: the mean objective is so small that optimisers
 stop early, the flaw Besiroglu et al. 2024 (arXiv:2404.10102) found in the original numbers.
 
-The minimiser is iteratively reweighted Gauss-Newton with Levenberg-Marquardt damping, batched in numpy over starts and
-bootstrap resamples at once: a resample is a row of run weights, so hundreds of refits are one array program.
+The minimiser is in solver.py; the coupled law, which it also fits, in coupled.py.
 """
 
 from dataclasses import dataclass
@@ -16,10 +15,9 @@ from jaxtyping import Float
 
 from llamax.errors import UserError
 from llamax.scaling.laws import ChinchillaLaw, plain
+from llamax.scaling.solver import Problem, huber, predict_log
 
 N_PARAMETERS = 5
-EXPONENT_RANGE = (0.01, 3.0)  # alpha and beta; published fits lie in 0.05 .. 1
-TERM_FLOOR = 1e-4  # smallest part of the smallest loss that E, or a power term at the middle of the data, may be
 
 
 @dataclass(frozen=True)
@@ -81,9 +79,9 @@ def huber_objective(
     delta: float = 1e-3,
 ) -> tuple[float, Float[np.ndarray, "5"]]:
     """Sum of Huber losses of the log residuals and its analytic gradient at theta = (a, b, e, alpha, beta)."""
-    predicted, jacobian = _predict(theta[None], log_n, log_d)
+    predicted, jacobian = predict_log(theta[None], log_n, log_d)
     residual = predicted[0] - log_loss
-    value = _huber(residual, delta).sum()
+    value = huber(residual, delta).sum()
     return float(value), np.clip(residual, -delta, delta) @ jacobian[0]
 
 
@@ -102,18 +100,18 @@ def fit_approach3(
     check_runs(n, d, loss)
     if not (np.isfinite(delta) and delta > 0):
         raise UserError(f"delta: {delta}; give a positive number, such as 0.001")
-    problem = _Problem.of(n, d, loss, delta)
+    problem = Problem.of(n, d, loss, delta)
     starts = problem.starts()
     thetas, objectives = problem.minimise(starts, np.ones((1, len(loss))), iterations=2000, tolerance=1e-13)
     best = int(np.argmin(objectives))
     theta, objective = thetas[best], float(objectives[best])
-    predicted, jacobian = _predict(theta[None], problem.x, problem.y)
+    predicted, jacobian = predict_log(theta[None], problem.x, problem.y)
     norms = np.linalg.norm(jacobian[0], axis=0)
     condition = float(np.linalg.cond(jacobian[0] / np.where(norms > 0, norms, 1.0)))
     at_best = int(np.sum(objectives <= objective * (1 + 1e-4) + 1e-12))
     hit = problem.bounds_hit(theta)
     return Approach3Fit(
-        law=problem.law(theta),
+        law=_law(problem.outside(theta)),
         objective=objective,
         delta=delta,
         n_points=len(loss),
@@ -139,7 +137,7 @@ def refit(
 
     Returns the law with array fields `[draws]` and the objectives `[draws]`.
     """
-    problem = _Problem.of(n, d, loss, fit.delta)
+    problem = Problem.of(n, d, loss, fit.delta)
     others = (
         problem.starts(extra_starts, extra_starts // 2)[:extra_starts] if extra_starts else np.empty((0, N_PARAMETERS))
     )
@@ -150,7 +148,9 @@ def refit(
     )
     best = np.argmin(objectives.reshape(draws, k), axis=1)
     rows = np.arange(draws)
-    return problem.law(thetas.reshape(draws, k, N_PARAMETERS)[rows, best]), objectives.reshape(draws, k)[rows, best]
+    return _law(problem.outside(thetas.reshape(draws, k, N_PARAMETERS)[rows, best])), objectives.reshape(draws, k)[
+        rows, best
+    ]
 
 
 def check_runs(n: np.ndarray, d: np.ndarray, loss: np.ndarray) -> None:
@@ -175,137 +175,10 @@ def check_runs(n: np.ndarray, d: np.ndarray, loss: np.ndarray) -> None:
             raise UserError(f"column {name}: all {len(values)} values equal {values[0]:.6g}; {why}")
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """The fit in centred coordinates: x = log N - mean, so a and b are the log terms at the middle of the data.
-
-    Centring removes most of the correlation between a and alpha (b and beta), and gives the bounds a meaning.
-    """
-
-    x: np.ndarray
-    y: np.ndarray
-    z: np.ndarray
-    centre: tuple[float, float]
-    delta: float
-    lower: np.ndarray
-    upper: np.ndarray
-
-    @classmethod
-    def of(cls, n: np.ndarray, d: np.ndarray, loss: np.ndarray, delta: float) -> "_Problem":
-        x, y, z = np.log(n), np.log(d), np.log(loss)
-        floor, ceiling = z.min() + np.log(TERM_FLOOR), z.max()
-        lower = np.array([floor, floor, floor, EXPONENT_RANGE[0], EXPONENT_RANGE[0]])
-        upper = np.array([ceiling, ceiling, ceiling, EXPONENT_RANGE[1], EXPONENT_RANGE[1]])
-        return cls(x - x.mean(), y - y.mean(), z, (float(x.mean()), float(y.mean())), delta, lower, upper)
-
-    def inside(self, theta: np.ndarray) -> np.ndarray:
-        """Centred coordinates of theta = (a, b, e, alpha, beta)."""
-        a, b, e, alpha, beta = theta
-        return np.array([a - alpha * self.centre[0], b - beta * self.centre[1], e, alpha, beta])
-
-    def law(self, centred: np.ndarray) -> ChinchillaLaw:
-        """The law of centred coordinates `[5]` (plain floats) or `[draws, 5]` (arrays)."""
-        a, b, e, alpha, beta = np.moveaxis(centred, -1, 0)
-        values = (np.exp(e), np.exp(a + alpha * self.centre[0]), np.exp(b + beta * self.centre[1]), alpha, beta)
-        return ChinchillaLaw(*(v if v.ndim else float(v) for v in values))
-
-    def bounds_hit(self, theta: np.ndarray) -> tuple[str, ...]:
-        near = (theta - self.lower < 1e-6) | (self.upper - theta < 1e-6)
-        return tuple(name for name, at in zip(("A", "B", "E", "alpha", "beta"), near, strict=True) if at)
-
-    def starts(self, projected: int = 16, spread: int = 16) -> np.ndarray:
-        """Starting points `[projected + spread, 5]`: two fixed grids, the best of each by objective.
-
-        For given exponents the law is linear in E, A, B, so an 8 x 8 grid of exponents with a non-negative
-        least-squares solve gives near-optimal starts; the second grid spreads E, A, B by hand in case squares mislead
-        (outliers).
-        """
-        from scipy.optimize import nnls
-
-        loss = np.exp(self.z)
-        exponents = np.geomspace(0.08, 1.6, 8)
-        solved = []
-        for alpha in exponents:
-            for beta in exponents:
-                terms = np.stack([np.exp(-alpha * self.x), np.exp(-beta * self.y), np.ones_like(self.x)], axis=1)
-                coefficients, _ = nnls(terms / loss[:, None], np.ones_like(loss))
-                solved.append([*np.log(np.maximum(coefficients, 1e-3 * loss.min())), alpha, beta])
-        shares = np.log(loss.min() * np.array([0.02, 0.2, 0.6]))
-        grid = np.stack(np.meshgrid(shares, shares, shares, exponents[::3], exponents[::3], indexing="ij"), axis=-1)
-        return np.concatenate(
-            [self._best(np.array(solved), projected), self._best(grid.reshape(-1, N_PARAMETERS), spread)]
-        )
-
-    def _best(self, candidates: np.ndarray, count: int) -> np.ndarray:
-        candidates = np.clip(candidates, self.lower, self.upper)
-        predicted, _ = _predict(candidates, self.x, self.y)
-        return candidates[np.argsort(_huber(predicted - self.z, self.delta).sum(-1), kind="stable")[:count]]
-
-    def minimise(
-        self, theta: np.ndarray, weights: np.ndarray, *, iterations: int, tolerance: float
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Minimise from every start `[batch, 5]` under run weights `[batch or 1, runs]`; returns thetas and objectives.
-
-        Each step solves the weighted Gauss-Newton system with Huber weights min(1, delta / |r|), damped until the
-        objective falls; a parameter at a bound whose gradient points outward is held. A start stops when ten steps
-        together gain less than `tolerance` of its objective.
-        """
-        theta = np.clip(theta, self.lower, self.upper)
-        weights = np.broadcast_to(weights, (len(theta), weights.shape[1]))
-        value, result = np.empty(len(theta)), theta.copy()
-        value[:] = self._value(theta, weights)
-        damping = np.full(len(theta), 1e-3)
-        live = np.arange(len(theta))
-        checkpoint = value.copy()
-        for iteration in range(1, iterations + 1):
-            at, w = result[live], weights[live]
-            candidate = np.clip(at + self._step(at, w, damping[live]), self.lower, self.upper)
-            tried = self._value(candidate, w)
-            better = tried < value[live]
-            result[live] = np.where(better[:, None], candidate, at)
-            value[live] = np.where(better, tried, value[live])
-            damping[live] = np.clip(damping[live] * np.where(better, 0.2, 5.0), 1e-12, 1e12)
-            if iteration % 10 == 0:
-                gain = checkpoint[live] - value[live]
-                live = live[gain > tolerance * value[live] + 1e-18]
-                checkpoint = value.copy()
-                if not len(live):
-                    break
-        return result, value
-
-    def _value(self, theta: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        predicted, _ = _predict(theta, self.x, self.y)
-        return (weights * _huber(predicted - self.z, self.delta)).sum(-1)
-
-    def _step(self, theta: np.ndarray, weights: np.ndarray, damping: np.ndarray) -> np.ndarray:
-        predicted, jacobian = _predict(theta, self.x, self.y)
-        residual = predicted - self.z
-        weighted = jacobian * (weights * self.delta / np.maximum(np.abs(residual), self.delta))[..., None]
-        gradient = (weighted * residual[..., None]).sum(-2)
-        normal = np.swapaxes(weighted, -1, -2) @ jacobian
-        held = ((theta <= self.lower) & (gradient > 0)) | ((theta >= self.upper) & (gradient < 0))
-        free = ~held
-        normal = np.where(free[:, :, None] & free[:, None, :], normal, 0.0)
-        diagonal = np.einsum("bii->bi", normal)
-        ridge = damping[:, None] * diagonal + 1e-12 * diagonal.max(-1, keepdims=True) + 1e-30 + held
-        normal = normal + ridge[:, :, None] * np.eye(N_PARAMETERS)
-        return np.linalg.solve(normal, -np.where(held, 0.0, gradient)[..., None])[..., 0]
-
-
-def _predict(theta: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Log loss `[batch, runs]` of theta `[batch, 5]` and its Jacobian `[batch, runs, 5]`, stable for any exponent."""
-    a, b, e, alpha, beta = np.moveaxis(theta[:, :, None], 1, 0)
-    terms = np.stack(np.broadcast_arrays(a - alpha * x, b - beta * y, e))
-    top = terms.max(0)
-    share = np.exp(terms - top)
-    total = share.sum(0)
-    share /= total
-    return top + np.log(total), np.stack([share[0], share[1], share[2], -share[0] * x, -share[1] * y], axis=-1)
-
-
-def _huber(residual: np.ndarray, delta: float) -> np.ndarray:
-    size = np.abs(residual)
-    return np.where(size <= delta, 0.5 * size**2, delta * (size - 0.5 * delta))
+def _law(theta: np.ndarray) -> ChinchillaLaw:
+    """The law of theta `[5]` (plain floats) or `[draws, 5]` (arrays)."""
+    a, b, e, alpha, beta = np.moveaxis(theta, -1, 0)
+    return ChinchillaLaw(*(v if v.ndim else float(v) for v in (np.exp(e), np.exp(a), np.exp(b), alpha, beta)))
 
 
 def _warnings(

@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 
 from llamax.scaling.approach2 import PowerLaw, budget_name, by_budget, fit_power_law, fit_valleys
-from llamax.scaling.approach3 import EXPONENT_RANGE, N_PARAMETERS, Approach3Fit, refit
+from llamax.scaling.approach3 import N_PARAMETERS, Approach3Fit, refit
 from llamax.scaling.laws import ChinchillaLaw, Scalar
+from llamax.scaling.solver import EXPONENT_RANGE
 
 Interval = tuple[float, float]
 
