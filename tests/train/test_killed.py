@@ -19,13 +19,13 @@ from tests.train.test_loop import untimed
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
-STEPS = 4000
+STEPS = 1200
 
 
 @pytest.fixture(scope="module")
 def command(store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A run that is always saving: checkpoints every 7 steps, dispatches of 10, an evaluation every 500."""
-    overrides = (f"train.steps={STEPS}", "train.eval_every_steps=500", "checkpoint.every_steps=7", "model.d_model=16")
+    """A run that is always saving: checkpoints every 7 steps, dispatches of 10, an evaluation every 200."""
+    overrides = (f"train.steps={STEPS}", "train.eval_every_steps=200", "checkpoint.every_steps=7", "model.d_model=16")
     path = tmp_path_factory.mktemp("config") / "c.yaml"
     path.write_text(dump_yaml(run_config(*overrides, store=store)))
     return [sys.executable, "-m", "llamax.cli", "train", str(path), "--json", "--run-dir"]
