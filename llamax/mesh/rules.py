@@ -36,8 +36,10 @@ def load_rules(name: str) -> Rules:
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """The device mesh with axes data, fsdp, tensor, expert; -1 becomes the devices the others leave.
 
+    Without a -1 a single process uses as many of its devices as asked for.
+
     Raises:
-        UserError: the sizes do not multiply to the number of devices.
+        UserError: more devices asked for than there are, or a number that -1 cannot complete.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in AXES}
@@ -46,15 +48,19 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         fixed *= size if size > 0 else 1
     free = [axis for axis, size in sizes.items() if size == -1]
     shown = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
-    if len(devices) % fixed or (not free and fixed > len(devices)):
+    if fixed > len(devices) or (free and len(devices) % fixed):
         raise UserError(
-            f"{shown}: the fixed sizes multiply to {fixed}, which does not divide {len(devices)} devices; "
+            f"{shown}: the fixed sizes multiply to {fixed}, which does not fit the {len(devices)} devices there are; "
             "change one of them"
         )
     if free:
         sizes[free[0]] = len(devices) // fixed
     elif fixed < len(devices):
-        raise UserError(f"{shown}: uses {fixed} of {len(devices)} devices; set one axis to -1 to take the rest")
+        if jax.process_count() > 1:
+            raise UserError(
+                f"{shown}: uses {fixed} of {len(devices)} devices of {jax.process_count()} processes; set one axis to -1"
+            )
+        devices = devices[:fixed]  # what was asked for; the others stay idle
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
 

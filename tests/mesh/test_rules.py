@@ -127,10 +127,9 @@ def test_rules_that_are_no_file() -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"data": 3}, r"mesh\.data=3.* multiply to 3, which does not divide 8 devices"),
-        ({"data": 16}, r"multiply to 16, which does not divide 8 devices"),
-        ({"data": -1, "tensor": 16}, r"multiply to 16, which does not divide 8 devices"),
-        ({"data": 2, "tensor": 2}, r"uses 4 of 8 devices; set one axis to -1"),
+        ({"data": -1, "fsdp": 3}, r"mesh\.fsdp=3.* multiply to 3, which does not fit the 8 devices"),
+        ({"data": 16}, r"multiply to 16, which does not fit the 8 devices"),
+        ({"data": -1, "tensor": 16}, r"multiply to 16, which does not fit the 8 devices"),
     ],
 )
 def test_a_mesh_that_does_not_fit_the_devices(sizes: dict[str, int], message: str) -> None:
@@ -146,3 +145,8 @@ def test_minus_one_takes_the_rest() -> None:
         "expert": 1,
     }
     assert make_mesh(MeshConfig(), jax.devices()[:1]).axis_names == AXES
+
+
+def test_a_mesh_may_leave_devices_idle() -> None:
+    mesh = make_mesh(MeshConfig(data=2, tensor=2), jax.devices())
+    assert mesh.devices.ravel().tolist() == jax.devices()[:4]
