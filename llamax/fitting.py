@@ -35,7 +35,7 @@ def fit_data(
     seed: int,
     at: float | None,
 ) -> dict[str, Any]:
-    """Fits as a dict with `approach2`, `approach3`, `warnings`, and `at` (allocation, loss) where it is given.
+    """Fits as a dict: `approach2`, `approach3`, `coupled`, `warnings`, and `at` (allocation, loss) where it is given.
 
     Raises:
         UserError: no such table, or a table that cannot be fitted.
@@ -81,6 +81,9 @@ def fit_tables(result: dict[str, Any]) -> list[Any]:
         )
     if three := result["approach3"]:
         shown.append(_parameters("Approach 3: L = E + A/N^alpha + B/D^beta", three["params"], three["intervals"]))
+    if coupled := result["coupled"]:
+        title = "Coupled law: L = E + (A/N^alpha + B/D^beta)^gamma"
+        shown.append(_parameters(title, coupled["params"], coupled["intervals"]))
     if at := result.get("at"):
         advice = at.get("recommendation", at)
         shown.append(

@@ -9,7 +9,7 @@ from llamax.report import plots, plots_fit
 from llamax.report.blocks import Block, Bullets, Figures, Grid, Section, Tile, Tiles, Words
 from llamax.report.findings import answer, question, remarks, verdict, warnings, within
 from llamax.report.read import flatten, number
-from llamax.report.words import MISSING, count, decimals, duration, interval, plural, power
+from llamax.report.words import FORMULAS, LAWS, MISSING, SHORT_LAWS, count, decimals, duration, interval, plural, power
 
 if TYPE_CHECKING:
     from llamax.report.study import Study
@@ -134,16 +134,10 @@ def _allocation(study: Study) -> Section:
                 _pair(bounds.get(keys[1])),
             )
         )
-        other = study.approach3.get(keys[0])
-        rows.append(
-            (
-                f"best {name}, approach 3",
-                decimals(other, 4),
-                interval((study.approach3.get("intervals") or {}).get(keys[0]), 4),
-                MISSING,
-                MISSING,
-            )
-        )
+        for law in ("approach3", *(["coupled"] if study.coupled else [])):
+            other = study.fits.get(law) or {}
+            span = interval((other.get("intervals") or {}).get(keys[0]), 4)
+            rows.append((f"best {name}, {SHORT_LAWS[law]}", decimals(other.get(keys[0]), 4), span, MISSING, MISSING))
     head = ("power law", "exponent of C", "interval", "coefficient", "interval")
     return Section("allocation", title, (Figures(pictures), Grid(head, tuple(rows))))
 
@@ -155,32 +149,50 @@ def _curves(study: Study) -> Section:
 
 
 def _fit(study: Study) -> Section:
-    title = "The parametric fit: L(N, D) = E + A / N^α + B / D^β"
     pictures = tuple(p for p in (plots_fit.measured_against_fitted(study), plots_fit.residuals(study)) if p)
     if study.law is None:
-        return _missing("fit", title, "no stored fit of approach 3; `llamax fit` on this folder makes one.")
-    bounds, fit = study.approach3.get("intervals") or {}, study.approach3
-    symbols = {"E": "E, nats per token", "A": "A", "B": "B", "alpha": "α", "beta": "β"}
-    rows = tuple((symbols[k], decimals(v, significant=5), _pair(bounds.get(k))) for k, v in study.law.items())
+        return _missing(
+            "fit", "The parametric fit", "no stored fit of a parametric law; `llamax fit` on this folder makes one."
+        )
+    names = [study.law_name, *(name for name in study.laws if name != study.law_name)]
+    fits = [study.fits[name] for name in names]
+    symbols = {"E": "E, nats per token", "A": "A", "B": "B", "alpha": "α", "beta": "β", "gamma": "γ"}
+    head, rows = ["parameter"], [[symbol] for key, symbol in symbols.items() if any(key in f["params"] for f in fits)]
+    for name, fit in zip(names, fits, strict=True):
+        head += [SHORT_LAWS[name], "bootstrap interval"]
+        bounds = fit.get("intervals") or {}
+        for row, key in zip(rows, symbols, strict=False):
+            fixed = "1" if key == "gamma" and key not in fit["params"] else MISSING
+            row += [decimals(fit["params"].get(key), significant=5) if key in fit["params"] else fixed]
+            row += [_pair(bounds.get(key))]
+    notes = [_fit_note(LAWS[name], fit) for name, fit in zip(names, fits, strict=True)]
+    if len(names) > 1:
+        notes.append("The law with the smaller error on the largest budget, fitted without it, makes the prediction.")
+    figures = (Figures(pictures),) if pictures else ()
+    return Section(
+        "fit",
+        f"The parametric fit: {FORMULAS[study.law_name]}",
+        (*figures, Grid(tuple(head), tuple(tuple(row) for row in rows)), *(Words(n, small=True) for n in notes)),
+    )
+
+
+def _fit_note(name: str, fit: Mapping[str, Any]) -> str:
     notes = [
-        f"Fitted to {plural(int(number(fit['n_points'])), 'run')}" if number(fit.get("n_points")) > 0 else "Fitted"
+        f"{name}: fitted to {plural(int(number(fit['n_points'])), 'run')}"
+        if number(fit.get("n_points")) > 0
+        else f"{name}: fitted"
     ]
     if number(fit.get("residual_percent")) > 0:
         notes.append(
             f"residuals of {decimals(fit['residual_percent'], significant=2)} % of the loss (root mean square)"
         )
-    if number(study.fits.get("holdout_error_percent")) > 0:
+    if number(fit.get("holdout_error_percent")) > 0:
         notes.append(
-            f"{decimals(study.fits['holdout_error_percent'], significant=2)} % on the largest budget, fitted without it"
+            f"{decimals(fit['holdout_error_percent'], significant=2)} % on the largest budget, fitted without it"
         )
     if fit.get("starts"):
         notes.append(f"{fit.get('starts_at_best')} of {fit['starts']} starts reached the best objective")
-    figures = (Figures(pictures),) if pictures else ()
-    return Section(
-        "fit",
-        title,
-        (*figures, Grid(("parameter", "value", "bootstrap interval"), rows), Words("; ".join(notes) + ".", small=True)),
-    )
+    return "; ".join(notes) + "."
 
 
 def _prediction(study: Study) -> Section:
@@ -194,6 +206,7 @@ def _prediction(study: Study) -> Section:
         ("predicted loss", f"{decimals(claim['loss'], 4)} nats per token"),
         (f"interval for one run, {100 * number(claim.get('level', 0.95)):.0f} %", interval(claim.get("interval"))),
         ("interval of the law alone", interval(claim.get("interval_mean"))),
+        *((f"by {name}", decimals(loss, 4)) for name, loss in _other_laws(claim)),
         ("by approach 2's frontier", decimals(claim.get("loss_frontier"), 4)),
         ("measured loss", decimals(claim.get("measured"), 4)),
         ("rule", str(claim.get("rule") or MISSING)),
@@ -201,6 +214,13 @@ def _prediction(study: Study) -> Section:
     figures = (Figures(pictures),) if pictures else ()
     shown = tuple(row for row in rows if row[1] != MISSING)
     return Section("prediction", title, (Words(verdict(study)), *figures, Grid(("", ""), shown, text=2)))
+
+
+def _other_laws(claim: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What the laws that did not make the prediction say of the same run."""
+    losses = claim.get("loss_by_law")
+    losses = losses if isinstance(losses, Mapping) else {}
+    return [(SHORT_LAWS.get(key, str(key)), loss) for key, loss in losses.items() if key != claim.get("law")]
 
 
 # ---------------------------------------------------------------- records
@@ -278,8 +298,12 @@ def _plan(study: Study) -> Section:
 def _method(study: Study) -> Section:
     level = f"{100 * number(study.fits.get('level', 0.95)):.0f} %"
     draws = [
-        f"approach {a}: {(p.get('bootstrap') or {}).get('draws')}"
-        for a, p in ((2, study.approach2), (3, study.approach3))
+        f"{a}: {(p.get('bootstrap') or {}).get('draws')}"
+        for a, p in (
+            ("approach 2", study.approach2),
+            ("approach 3", study.approach3),
+            ("the coupled law", study.coupled),
+        )
         if (p.get("bootstrap") or {}).get("draws")
     ]
     facts = [
@@ -291,6 +315,9 @@ def _method(study: Study) -> Section:
         "inside the grid (arXiv:2203.15556, section 3.2).",
         "Approach 3: one parametric law through all runs, Huber loss on log residuals, many starts (arXiv:"
         "2203.15556, section 3.3; arXiv:2404.10102).",
+        "The coupled law, L = E + (A / N^α + B / D^β)^γ, fitted in the same way: there the slope in D depends on N "
+        "(arXiv:2502.08606); γ = 1 is approach 3. Of the two, the law that missed the largest budget by less, "
+        "fitted without it, makes the prediction.",
         f"Intervals are {level} percentile intervals of a bootstrap over runs"
         + (f" (resamples, {'; '.join(draws)})." if draws else "."),
     ]

@@ -95,7 +95,7 @@ def warnings(study: Study) -> list[str]:
 def remarks(study: Study) -> list[str]:
     """The warnings that the plan, the fits and the prediction carry themselves, each once, as sentences."""
     words = []
-    for part in (study.plan, study.fits, study.approach2, study.approach3, study.prediction):
+    for part in (study.plan, study.fits, study.approach2, study.approach3, study.coupled, study.prediction):
         draws = part.get("bootstrap")
         given = [*_texts(part.get("warnings")), *_texts(draws.get("warnings") if isinstance(draws, Mapping) else None)]
         words += [w[:1].upper() + w[1:].rstrip(".") + "." for w in given if w]

@@ -22,7 +22,7 @@ from llamax.report.style import (
     panel,
     sequence,
 )
-from llamax.report.words import count, decimals, power
+from llamax.report.words import SHORT_LAWS, count, decimals, power
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -118,7 +118,7 @@ def optimum(study: Study, axis: str) -> Picture | None:
         values = study.law_optimum(reach)[0 if axis == "n" else 1]
         axes.plot(reach, values, color=MUTED, lw=1.2, ls=(0, (4, 3)))
         slope = float(np.log(values[1] / values[0]) / np.log(reach[1] / reach[0]))
-        labels.append((reach[1], values[1], f"approach 3: C^{slope:.3f}"))
+        labels.append((reach[1], values[1], f"{SHORT_LAWS[study.law_name]}: C^{slope:.3f}"))
     for v, colour in zip(study.valleys, sequence(len(study.valleys)), strict=True):
         if v in used:
             tip = f"C = {power(v['budget'])}: {what} = {count(v[vertex])}"

@@ -22,7 +22,7 @@ from llamax.report.style import (
     panel,
     sequence,
 )
-from llamax.report.words import count, decimals, power
+from llamax.report.words import LAWS, count, decimals, power
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +51,7 @@ def measured_against_fitted(study: Study) -> Picture | None:
         figure,
         "fit",
         f"Measured against fitted loss of {len(fitted)} runs.",
-        "Approach 3, L = E + A/N^α + B/D^β: measured against fitted loss. On the line they are equal. The diamond is "
+        f"{LAWS[study.law_name]}: measured against fitted loss. On the line they are equal. The diamond is "
         "the run that was predicted and not fitted.",
     )
 
@@ -64,7 +64,7 @@ def residuals(study: Study) -> Picture | None:
     axes.set_xscale("log")
     fitted, measured = _both(study)
     off = 100 * (measured / fitted - 1)
-    scatter = number(study.approach3.get("residual_percent"))
+    scatter = number(study.law_fit.get("residual_percent"))
     if scatter > 0:
         axes.axhspan(-scatter, scatter, color=INK, alpha=0.08, lw=0)
     axes.axhline(0, color=MUTED, lw=1)
@@ -99,7 +99,7 @@ def extrapolation(study: Study) -> Picture | None:
     first = number(floors[0].get("flops", floors[0]["budget"])) if floors else target / 100
     grid = np.geomspace(first / 1.5, target * 1.6, 80)
     axes.plot(grid, study.law_loss(*study.law_optimum(grid)), color=INK, lw=1.4)
-    shaded = " with its bootstrap band" if shade_band(axes, study.approach3, "loss", grid) else ""
+    shaded = " with its bootstrap band" if shade_band(axes, study.law_fit, "loss", grid) else ""
     for v, colour in zip(study.valleys, sequence(len(study.valleys)), strict=True):
         if v in floors:
             tip = f"C = {power(v['budget'])}: loss {decimals(v['loss'], 4)} at N = {count(v['vertex'])}"

@@ -9,8 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from llamax.report.ledger import curves, ledger
 from llamax.report.read import find_runs, number, read_object
+from llamax.scaling.laws import ChinchillaLaw, Cost, CoupledLaw, Law, optimal_allocation
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,25 +87,48 @@ class Study:
     def approach3(self) -> Mapping[str, Any]:
         return _part(self.fits, "approach3")
 
+    @property
+    def coupled(self) -> Mapping[str, Any]:
+        return _part(self.fits, "coupled")
+
+    @property
+    def law_name(self) -> str:
+        """`coupled` or `approach3`: the law that made the prediction, else the one the fits would predict with."""
+        said = self.prediction.get("law") or self.fits.get("law")
+        return "coupled" if said == "coupled" and _numbers(self.fits, "coupled") else "approach3"
+
+    @property
+    def law_fit(self) -> Mapping[str, Any]:
+        """The stored fit of that law."""
+        return _part(self.fits, self.law_name)
+
+    @property
+    def law(self) -> Law | None:
+        """The law itself, when all its parameters are numbers."""
+        return self.laws.get(self.law_name)
+
     @cached_property
-    def law(self) -> dict[str, float] | None:
-        """The parameters E, A, B, alpha, beta of approach 3, when all five are numbers."""
-        params = _part(self.approach3, "params")
-        values = {name: number(params.get(name)) for name in ("E", "A", "B", "alpha", "beta")}
-        return values if all(v == v for v in values.values()) else None
+    def laws(self) -> dict[str, Law]:
+        """Every parametric law whose stored parameters are all numbers, by its name in the fits."""
+        found: dict[str, Law] = {}
+        if values := _numbers(self.fits, "approach3"):
+            found["approach3"] = ChinchillaLaw(**values)
+        if values := _numbers(self.fits, "coupled"):
+            found["coupled"] = CoupledLaw(**values)
+        return found
 
     def law_loss(self, n: Any, d: Any) -> Any:
-        """E + A / N^alpha + B / D^beta (arXiv:2203.15556, section 3.3), nats per token; needs `law`."""
-        law = self.law or {}
-        return law["E"] + law["A"] * n ** -law["alpha"] + law["B"] * d ** -law["beta"]
+        """Nats per token of the law that predicts, at `n` parameters and `d` tokens; nan without one."""
+        return self.law.loss(n, d) if self.law else float("nan")
 
     def law_optimum(self, flops: Any) -> tuple[Any, Any]:
-        """N and D at which the law is least on C = k·N^s·D: the closed form of its equation 4; needs `law`."""
-        law, cost = self.law or {}, _part(self.fits, "cost")
-        k, s = number(cost.get("coefficient", 6.0)), number(cost.get("n_exponent", 1.0))
-        ratio = law["alpha"] * law["A"] / (s * law["beta"] * law["B"])
-        n = (ratio * (flops / k) ** law["beta"]) ** (1 / (law["alpha"] + s * law["beta"]))
-        return n, flops / (k * n**s)
+        """N and D at which the law is least on C = k·N^s·D, at every compute `flops` `[points]`; needs `law`."""
+        cost = _part(self.fits, "cost")
+        costs = Cost(number(cost.get("coefficient", 6.0)), number(cost.get("n_exponent", 1.0)))
+        if self.law is None:
+            raise ValueError("no law was fitted")
+        best = [optimal_allocation(self.law, float(c), costs) for c in flops]
+        return np.array([b.n for b in best]), np.array([b.d for b in best])
 
 
 def load_study(
@@ -142,6 +168,14 @@ def _environments(root: Path) -> tuple[Mapping[str, Any], ...]:
         if env:
             seen.setdefault(json.dumps(env, sort_keys=True, default=str), env)
     return tuple(seen.values())
+
+
+def _numbers(fits: Mapping[str, Any], name: str) -> dict[str, float] | None:
+    """The parameters of a stored law, when all of them are numbers."""
+    params = _part(_part(fits, name), "params")
+    keys = ("E", "A", "B", "alpha", "beta", *(["gamma"] if name == "coupled" else []))
+    values = {key: number(params.get(key)) for key in keys}
+    return values if all(value == value for value in values.values()) else None
 
 
 def _part(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:

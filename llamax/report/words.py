@@ -8,6 +8,10 @@ from typing import Any
 from llamax.report.read import number
 
 MISSING = "–"
+# The parametric laws by their names in the fits.
+FORMULAS = {"approach3": "L(N, D) = E + A / N^α + B / D^β", "coupled": "L(N, D) = E + (A / N^α + B / D^β)^γ"}
+SHORT_LAWS = {"approach3": "approach 3", "coupled": "coupled law"}
+LAWS = {key: f"{SHORT_LAWS[key][:1].upper()}{SHORT_LAWS[key][1:]}, {FORMULAS[key]}" for key in FORMULAS}
 _SUPERSCRIPT = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
 

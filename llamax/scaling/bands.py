@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from llamax.scaling.bootstrap import Approach2Draws, Approach3Draws, interval
+from llamax.scaling.bootstrap import Approach2Draws, ParametricDraws, interval
 from llamax.scaling.laws import Cost, optimal_allocation
 
 POINTS, BEYOND = 40, 100.0  # of the grid, which ends at BEYOND times the largest compute measured
@@ -22,8 +22,8 @@ def approach2_bands(draws: Approach2Draws, grid: Float[np.ndarray, "points"], le
     return _bands(grid, level, n=draws.n.at, d=draws.d.at)
 
 
-def approach3_bands(
-    draws: Approach3Draws, cost: Cost, grid: Float[np.ndarray, "points"], level: float
+def parametric_bands(
+    draws: ParametricDraws, cost: Cost, grid: Float[np.ndarray, "points"], level: float
 ) -> dict[str, Any] | None:
     """Percentile bands of the law's own optimum: `flops`, `n`, `d`, and `loss` there in nats per token."""
 

@@ -1,4 +1,4 @@
-"""Bootstrap over runs: intervals for both fits.
+"""Bootstrap over runs: intervals for all fits.
 
 A resample draws whole runs with replacement, within each stratum (budget) when strata are given, because the design of
 an isoFLOP sweep is fixed, not random. Rows that share a `run` (checkpoints of one run) are drawn together or not at
@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 
 from llamax.scaling.approach2 import PowerLaw, budget_name, by_budget, fit_power_law, fit_valleys
-from llamax.scaling.approach3 import N_PARAMETERS, Approach3Fit, refit
-from llamax.scaling.laws import ChinchillaLaw, Scalar
-from llamax.scaling.solver import EXPONENT_RANGE
+from llamax.scaling.approach3 import ParametricFit, refit
+from llamax.scaling.laws import ChinchillaLaw, Law, Scalar
+from llamax.scaling.solver import COUPLED_EXPONENT_RANGE, EXPONENT_RANGE, GAMMA_RANGE
 
 Interval = tuple[float, float]
 
@@ -75,14 +75,14 @@ class Approach2Draws:
 
 
 @dataclass(frozen=True)
-class Approach3Draws:
-    """Bootstrap draws of approach 3: a law whose fields are `[draws]`.
+class ParametricDraws:
+    """Bootstrap draws of a parametric fit: a law whose fields are `[draws]`.
 
-    failed: resamples with fewer than six distinct runs, refused and not in `law`. at_bound: draws in which an exponent
-    ran into its bound; they stay in, and the words say so.
+    failed: resamples with no more distinct runs than parameters, refused and not in `law`. at_bound: draws in which an
+    exponent or gamma ran into its bound; they stay in, and the words say so.
     """
 
-    law: ChinchillaLaw
+    law: Law
     failed: int
     at_bound: int
 
@@ -91,7 +91,7 @@ class Approach3Draws:
         return len(np.atleast_1d(self.law.alpha))
 
     def intervals(self, level: float = 0.95) -> dict[str, list[float] | None]:
-        """Percentile intervals of E, A, B, alpha, beta and of the allocation exponent beta / (alpha + beta)."""
+        """Percentile intervals of the law's parameters and of the allocation exponent beta / (alpha + beta)."""
         law = self.law
         values = dict(vars(law)) | {"n_exponent": law.beta / (law.alpha + law.beta)}
         return {name: as_list(interval(draws, level)) for name, draws in values.items()}
@@ -105,11 +105,13 @@ class Approach3Draws:
         words = []
         if self.failed:
             words.append(
-                f"approach 3 bootstrap: {self.failed} resamples had fewer than six distinct runs and are left out"
+                f"{self.law.label} bootstrap: {self.failed} resamples had no more distinct runs than the law has "
+                "parameters and are left out"
             )
         if self.at_bound > 0.05 * max(self.draws, 1):
             words.append(
-                f"approach 3 bootstrap: an exponent ran into its bound in {self.at_bound} of {self.draws} resamples"
+                f"{self.law.label} bootstrap: an exponent ran into its bound in {self.at_bound} of {self.draws} "
+                "resamples"
             )
         return words
 
@@ -158,24 +160,32 @@ def bootstrap_approach2(frame: pd.DataFrame, draws: int, rng: np.random.Generato
     return Approach2Draws(n, d, degenerate, int(draws - usable.sum()))
 
 
-def bootstrap_approach3(
-    fit: Approach3Fit, frame: pd.DataFrame, draws: int, rng: np.random.Generator, *, extra_starts: int = 3
-) -> Approach3Draws:
-    """Refit approach 3 on `draws` resamples at once, each warm from `fit` and from `extra_starts` other starts."""
+def bootstrap_parametric(
+    fit: ParametricFit, frame: pd.DataFrame, draws: int, rng: np.random.Generator, *, extra_starts: int = 3
+) -> ParametricDraws:
+    """Refit the law of `fit` on `draws` resamples at once, each warm from it and from `extra_starts` other starts."""
     counts = resample_counts(frame, draws, rng)
-    enough = (counts > 0).sum(1) > N_PARAMETERS
+    enough = (counts > 0).sum(1) > fit.n_parameters
     n, d, loss = (frame[c].to_numpy(float) for c in ("n", "d", "loss"))
     blocks = np.array_split(counts[enough], max(1, int(enough.sum()) * len(loss) // 40_000))  # bounds peak memory
     parts = [refit(fit, n, d, loss, block, extra_starts=extra_starts)[0] for block in blocks]
-    law = ChinchillaLaw(*(np.concatenate([np.atleast_1d(getattr(p, k)) for p in parts]) for k in vars(fit.law)))
-    exponents = np.stack([law.alpha, law.beta])
-    at_bound = ((exponents < EXPONENT_RANGE[0] + 1e-6) | (exponents > EXPONENT_RANGE[1] - 1e-6)).any(0)
-    return Approach3Draws(law, int(draws - enough.sum()), int(at_bound.sum()))
+    law = type(fit.law)(*(np.concatenate([np.atleast_1d(getattr(p, k)) for p in parts]) for k in vars(fit.law)))
+    return ParametricDraws(law, int(draws - enough.sum()), int(_at_bound(law).sum()))
+
+
+def _at_bound(law: Law) -> np.ndarray:
+    """In which draws an exponent, or gamma, lies at its bound."""
+    if isinstance(law, ChinchillaLaw):
+        bounded = [(law.alpha, EXPONENT_RANGE), (law.beta, EXPONENT_RANGE)]
+    else:
+        whole = COUPLED_EXPONENT_RANGE
+        bounded = [(law.alpha * law.gamma, whole), (law.beta * law.gamma, whole), (law.gamma, GAMMA_RANGE)]
+    return np.any([np.asarray((v < low + 1e-6) | (v > high - 1e-6)) for v, (low, high) in bounded], axis=0)
 
 
 def loss_intervals(
-    fit: Approach3Fit,
-    draws: Approach3Draws,
+    fit: ParametricFit,
+    draws: ParametricDraws,
     n: Scalar,
     d: Scalar,
     rng: np.random.Generator,
@@ -186,11 +196,11 @@ def loss_intervals(
     """At `n` parameters and `d` tokens: confidence interval of the law's loss, prediction interval of one new run.
 
     The first holds the uncertainty of the parameters only. The second adds the scatter of single runs around the law: a
-    residual resampled for every draw, scaled by sqrt(runs / (runs - 5)) because the fit made them small, and by
-    `inflate`.
+    residual resampled for every draw, scaled by sqrt(runs / (runs - parameters)) because the fit made them small, and
+    by `inflate`.
     """
     mean = np.asarray(draws.law.loss(n, d))
-    scale = inflate * np.sqrt(fit.n_points / max(fit.n_points - N_PARAMETERS, 1))
+    scale = inflate * np.sqrt(fit.n_points / max(fit.n_points - fit.n_parameters, 1))
     # Several residuals per draw make the ends smooth; the number of draws alone decides the cost.
     scatter = scale * rng.choice(fit.residuals, size=(20, len(mean)))
     return interval(mean, level), interval((mean * np.exp(scatter)).ravel(), level)

@@ -1,8 +1,8 @@
-"""One table of runs to both fits with their intervals: what `llamax fit` and the quickstart call."""
+"""One table of runs to all fits with their intervals: what `llamax fit` and the quickstart call."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,20 +11,37 @@ import pandas as pd
 
 from llamax.errors import UserError
 from llamax.scaling.approach2 import Approach2Fit, by_budget, fit_approach2
-from llamax.scaling.approach3 import N_PARAMETERS, Approach3Fit, fit_approach3
-from llamax.scaling.bands import approach2_bands, approach3_bands, compute_grid
-from llamax.scaling.bootstrap import Approach2Draws, Approach3Draws, bootstrap_approach2, bootstrap_approach3
+from llamax.scaling.approach3 import N_COUPLED, ParametricFit, fit_approach3, fit_coupled
+from llamax.scaling.bands import approach2_bands, compute_grid, parametric_bands
+from llamax.scaling.bootstrap import Approach2Draws, ParametricDraws, bootstrap_approach2, bootstrap_parametric
 from llamax.scaling.laws import Cost, Scalar, fit_cost
 from llamax.scaling.table import clean
 
 
 @dataclass(frozen=True)
-class ScalingFit:
-    """Both fits of one table, their bootstrap draws, the cost model of its FLOPs, and everything worth a warning.
+class Parametric:
+    """One parametric law fitted to the table, its bootstrap draws, and its holdout error.
 
-    A fit that was not asked for or cannot be made is None and the warnings say why. holdout_error: root mean square
-    relative error on the runs of the largest budget when approach 3 is fitted without them; None where that cannot be
-    done.
+    holdout_error: root mean square relative error on the runs of the largest budget when the law is fitted without
+    them; None where that cannot be done.
+    """
+
+    fit: ParametricFit
+    draws: ParametricDraws | None
+    holdout_error: float | None
+
+    def as_dict(self, cost: Cost, grid: np.ndarray, level: float) -> dict[str, Any]:
+        """Plain values of the fit with `intervals`, `bootstrap`, `bands` and `holdout_error_percent`."""
+        bands = parametric_bands(self.draws, cost, grid, level) if self.draws else None
+        record = _with_draws(self.fit, self.draws, level, bands) or {}
+        return record | {"holdout_error_percent": _percent(self.holdout_error)}
+
+
+@dataclass(frozen=True)
+class ScalingFit:
+    """The fits of one table, their bootstrap draws, the cost model of its FLOPs, and everything worth a warning.
+
+    A fit that was not asked for or cannot be made is None and the warnings say why.
     """
 
     runs: pd.DataFrame
@@ -33,33 +50,61 @@ class ScalingFit:
     seed: int
     approach2: Approach2Fit | None
     approach2_draws: Approach2Draws | None
-    approach3: Approach3Fit | None
-    approach3_draws: Approach3Draws | None
-    holdout_error: float | None
+    additive: Parametric | None
+    coupled: Parametric | None
     warnings: tuple[str, ...]
 
+    @property
+    def approach3(self) -> ParametricFit | None:
+        """The fit of the Chinchilla law."""
+        return self.additive.fit if self.additive else None
+
+    def choose(self) -> tuple[str, Parametric, str]:
+        """Which law predicts, by name in `as_dict`, its fit, and why in words: the one that extrapolated better.
+
+        Better means a smaller error on the largest budget, fitted without it. Approach 3, which has a parameter less,
+        keeps a tie and every case in which the test cannot be made. Raises UserError without approach 3.
+        """
+        if self.additive is None:
+            raise UserError("fit: approach 3 was not fitted; a predicted loss needs it")
+        if self.coupled is None:
+            return "approach3", self.additive, "the coupled law was not fitted"
+        mine, other = self.additive.holdout_error, self.coupled.holdout_error
+        if mine is None or other is None:
+            return "approach3", self.additive, "the laws cannot be compared by leaving the largest budget out"
+        errors = (
+            f"fitted without the largest budget, approach 3 misses it by {100 * mine:.2g} % and the coupled law by "
+            f"{100 * other:.2g} %"
+        )
+        return ("coupled", self.coupled, errors) if other < mine else ("approach3", self.additive, errors)
+
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready: both approaches, each with `intervals`, `bootstrap` and `bands`; cost, counts, warnings."""
-        two, three = self.approach2_draws, self.approach3_draws
+        """JSON-ready: every approach with `intervals`, `bootstrap` and `bands`; `law` that predicts; cost, warnings."""
+        two = self.approach2_draws
         grid = compute_grid(self.runs["flops"].to_numpy(float))
         bands2 = approach2_bands(two, grid, self.level) if two else None
-        bands3 = approach3_bands(three, self.cost, grid, self.level) if three else None
+        parametric = {
+            name: part.as_dict(self.cost, grid, self.level) if part else None
+            for name, part in (("approach3", self.additive), ("coupled", self.coupled))
+        }
         return {
             "approach2": _with_draws(self.approach2, two, self.level, bands2),
-            "approach3": _with_draws(self.approach3, three, self.level, bands3),
+            **parametric,
+            "law": self.choose()[0] if self.additive else None,
             "cost": {"coefficient": self.cost.coefficient, "n_exponent": self.cost.n_exponent},
             "n_points": len(self.runs),
             "level": self.level,
             "seed": self.seed,
-            "holdout_error_percent": None if self.holdout_error is None else 100 * self.holdout_error,
+            "holdout_error_percent": _percent(self.additive.holdout_error) if self.additive else None,
             "warnings": list(self.warnings),
         }
 
     def all_warnings(self) -> list[str]:
-        """The warnings of the table, of both fits and of both bootstraps, in that order, each once."""
+        """The warnings of the table, of all fits and of all bootstraps, in that order, each once."""
+        laws = [part for part in (self.additive, self.coupled) if part]
         parts: list[Sequence[str]] = [self.warnings]
-        parts += [fit.warnings for fit in (self.approach2, self.approach3) if fit]
-        parts += [draws.warnings() for draws in (self.approach2_draws, self.approach3_draws) if draws]
+        parts += [fit.warnings for fit in (self.approach2, *(part.fit for part in laws)) if fit]
+        parts += [draws.warnings() for draws in (self.approach2_draws, *(part.draws for part in laws)) if draws]
         return list(dict.fromkeys(word for part in parts for word in part))
 
 
@@ -92,7 +137,7 @@ def fit_frame(
     if bootstrap < 0:
         raise UserError(f"bootstrap: {bootstrap}; give the number of resamples, 0 for no intervals")
     runs, words = clean(frame, n=n, d=d, loss=loss, flops=flops, budget=budget, run=run)
-    two = three = two_draws = three_draws = held_out = None
+    two = two_draws = additive = coupled = None
     if 2 in approaches and budget is None:
         if 3 not in approaches:
             raise UserError("budget: no column named; approach 2 groups runs by their compute budget")
@@ -101,37 +146,61 @@ def fit_frame(
         two = fit_approach2(runs)
         two_draws = bootstrap_approach2(runs, bootstrap, np.random.default_rng([seed, 2])) if bootstrap else None
     if 3 in approaches:
-        columns = [runs[c].to_numpy(float) for c in ("n", "d", "loss")]
-        three = fit_approach3(*columns, delta=delta)
-        three_draws = (
-            bootstrap_approach3(three, runs, bootstrap, np.random.default_rng([seed, 3])) if bootstrap else None
-        )
-        held_out = leave_largest_out(runs, delta) if budget is not None else None
+        rest, largest = leave_largest_out(runs) if budget is not None else (None, None)
+        additive = _parametric(fit_approach3, runs, rest, largest, delta, bootstrap, [seed, 3])
+        if len(runs) > N_COUPLED:
+            coupled = _parametric(fit_coupled, runs, rest, largest, delta, bootstrap, [seed, 5])
+        else:
+            words.append(f"the coupled law left out: {len(runs)} runs, it needs at least {N_COUPLED + 1}")
     cost, misfit = fit_cost(*(runs[c].to_numpy(float) for c in ("n", "d", "flops")))
     if misfit > 0.1:
         words.append(
             f"FLOPs per token follow {cost.coefficient:.3g}·n^{cost.n_exponent:.3g} only to {100 * misfit:.0f} %: "
             "optimal allocations are that uncertain"
         )
-    return ScalingFit(runs, cost, float(level), seed, two, two_draws, three, three_draws, held_out, tuple(words))
+    return ScalingFit(runs, cost, float(level), seed, two, two_draws, additive, coupled, tuple(words))
 
 
-def leave_largest_out(runs: pd.DataFrame, delta: float = 1e-3) -> float | None:
-    """Relative error (root mean square of log ratios) on the largest budget of an approach 3 fit to all the others.
-
-    The honest test of an extrapolation, made before it is used. None with fewer than three budgets or too few runs
-    left.
-    """
+def leave_largest_out(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame] | tuple[None, None]:
+    """The runs without those of the largest budget, and those; None twice with fewer than three budgets or few runs."""
     groups = by_budget(runs)
     if len(groups) < 3:
-        return None
+        return None, None
     rest = pd.concat([rows for _, rows in groups[:-1]])
-    largest = groups[-1][1]
-    if len(rest) <= N_PARAMETERS + 1 or min(rest[c].nunique() for c in ("n", "d", "loss")) < 3:
-        return None
-    law = fit_approach3(*(rest[c].to_numpy(float) for c in ("n", "d", "loss")), delta=delta).law
+    if len(rest) <= N_COUPLED + 1 or min(rest[c].nunique() for c in ("n", "d", "loss")) < 3:
+        return None, None
+    return rest, groups[-1][1]
+
+
+def holdout_error(
+    fit: Callable[..., ParametricFit], rest: pd.DataFrame, largest: pd.DataFrame, delta: float = 1e-3
+) -> float:
+    """Relative error (root mean square of log ratios) on the runs `largest` of a `fit` to the others.
+
+    The honest test of an extrapolation, made before it is used.
+    """
+    law = fit(*(rest[c].to_numpy(float) for c in ("n", "d", "loss")), delta=delta).law
     predicted = law.loss(largest["n"].to_numpy(float), largest["d"].to_numpy(float))
     return float(np.sqrt(np.mean(np.log(largest["loss"].to_numpy(float) / predicted) ** 2)))
+
+
+def _parametric(
+    fit: Callable[..., ParametricFit],
+    runs: pd.DataFrame,
+    rest: pd.DataFrame | None,
+    largest: pd.DataFrame | None,
+    delta: float,
+    bootstrap: int,
+    seed: list[int],
+) -> Parametric:
+    found = fit(*(runs[c].to_numpy(float) for c in ("n", "d", "loss")), delta=delta)
+    draws = bootstrap_parametric(found, runs, bootstrap, np.random.default_rng(seed)) if bootstrap else None
+    error = holdout_error(fit, rest, largest, delta) if rest is not None and largest is not None else None
+    return Parametric(found, draws, error)
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value
 
 
 def _with_draws(fit: Any, draws: Any, level: float, bands: Any) -> dict[str, Any] | None:

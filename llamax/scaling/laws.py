@@ -1,7 +1,8 @@
-"""The Chinchilla law L(N, D) = E + A / N^alpha + B / D^beta, and the allocation of compute that minimises it.
+"""Two laws of the loss, L = E + A / N^alpha + B / D^beta and its coupled form, and the allocation that minimises them.
 
-Source: Hoffmann et al. 2022, arXiv:2203.15556, section 3.3 and equation 4. N parameters, D tokens, C FLOPs, loss in
-nats per token. The parameter-count and FLOP conventions are whatever the caller's columns used; nothing here converts.
+Sources: Hoffmann et al. 2022, arXiv:2203.15556, section 3.3 and equation 4; Busbridge et al. 2025, arXiv:2502.08606.
+N parameters, D tokens, C FLOPs, loss in nats per token. The parameter-count and FLOP conventions are whatever the
+caller's columns used; nothing here converts.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -23,6 +24,7 @@ Number = Scalar | np.ndarray  # one value, or one per bootstrap draw / run; shap
 class ChinchillaLaw:
     """Parameters of L(N, D) = E + A / N^alpha + B / D^beta; E in nats per token. Fields may be arrays `[draws]`."""
 
+    label: ClassVar[str] = "approach 3"
     E: Number
     A: Number
     B: Number
@@ -36,6 +38,36 @@ class ChinchillaLaw:
     def as_dict(self) -> dict[str, Any]:
         """The five parameters by name: plain floats (lists when the fields are arrays)."""
         return {name: plain(value) for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class CoupledLaw:
+    """Parameters of L(N, D) = E + (A / N^alpha + B / D^beta)^gamma (arXiv:2502.08606, the supervised law).
+
+    With gamma below 1 the slope in D depends on N and the other way round, as in equation 1.5 of Kaplan et al. 2020
+    (arXiv:2001.08361; there E = 0); gamma = 1 is the Chinchilla law. Fields may be arrays `[draws]`.
+    """
+
+    label: ClassVar[str] = "the coupled law"
+
+    E: Number
+    A: Number
+    B: Number
+    alpha: Number
+    beta: Number
+    gamma: Number
+
+    def loss(self, n: Number, d: Number) -> Number:
+        """Loss in nats per token at `n` parameters and `d` tokens (numbers or arrays that broadcast)."""
+        size, data = np.log(self.A) - self.alpha * np.log(n), np.log(self.B) - self.beta * np.log(d)
+        return self.E + np.exp(self.gamma * np.logaddexp(size, data))  # in logs: small gamma makes A and B huge
+
+    def as_dict(self) -> dict[str, Any]:
+        """The six parameters by name: plain floats (lists when the fields are arrays)."""
+        return {name: plain(value) for name, value in asdict(self).items()}
+
+
+Law = ChinchillaLaw | CoupledLaw
 
 
 @dataclass(frozen=True)
@@ -78,11 +110,12 @@ class Allocation:
         }
 
 
-def optimal_allocation(law: ChinchillaLaw, flops: Scalar, cost: Cost = Cost()) -> Allocation:
+def optimal_allocation(law: Law, flops: Scalar, cost: Cost = Cost()) -> Allocation:
     """Minimum of the law on the curve cost.flops(N, D) = flops, in closed form.
 
     Setting the derivative along the curve to zero gives N^(alpha + s·beta) = alpha·A / (s·beta·B) · (C / k)^beta for a
-    cost k·N^s·D; with s = 1 this is equation 4 of arXiv:2203.15556. Works on arrays of parameters (bootstrap draws).
+    cost k·N^s·D; with s = 1 this is equation 4 of arXiv:2203.15556. The coupled law is least where its bracket is, so
+    the same formula holds. Works on arrays of parameters (bootstrap draws).
     Raises UserError when `flops` is not a positive number.
     """
     check_flops(flops)
@@ -95,7 +128,7 @@ def optimal_allocation(law: ChinchillaLaw, flops: Scalar, cost: Cost = Cost()) -
 
 
 def optimal_allocation_under(
-    law: ChinchillaLaw,
+    law: Law,
     flops: Scalar,
     flops_per_token: Callable[[float], float],
     n_range: tuple[float, float] = (1e2, 1e14),

@@ -41,8 +41,8 @@ class Prediction:
     """The loss claimed for a run of `n` parameters on `d` tokens, before it is trained (nats per token).
 
     interval: where one new run should land (uncertainty of the fit plus scatter of runs). interval_mean: where the law
-    itself lies (uncertainty of the fit alone). loss_frontier: the same question answered from approach 2's valleys, for
-    comparison.
+    itself lies (uncertainty of the fit alone). law: `approach3` or `coupled`, which answered; loss_by_law: what each
+    of them says. loss_frontier: the same question answered from approach 2's valleys, for comparison.
     """
 
     flops: float
@@ -52,6 +52,8 @@ class Prediction:
     interval: Interval | None
     interval_mean: Interval | None
     level: float
+    law: str
+    loss_by_law: dict[str, float]
     rule: str
     loss_frontier: float | None
     recommendation: Recommendation
@@ -81,14 +83,16 @@ def recommend(fit: ScalingFit, flops: Scalar) -> Recommendation:
     """Best N and D for `flops` training FLOPs, in the convention of the fit's flops column.
 
     Approach 2 decides when at least three budgets have an interior minimum and its exponent is between 0 and 1, because
-    it assumes no formula for the loss; otherwise approach 3 does. D is what the budget leaves for N tokens' worth of
+    it assumes no formula for the loss; otherwise the parametric law that predicts does (`approach` is then 3, and the
+    rule names the law). D is what the budget leaves for N tokens' worth of
     cost, so that N and D together spend exactly `flops`. Raises UserError when neither approach can answer.
     """
     check_flops(flops)
-    two, three, words = fit.approach2, fit.approach3, list[str]()
+    two, words = fit.approach2, list[str]()
+    chosen = fit.choose()[1] if fit.additive else None
     why_not = _why_not_approach2(fit)
     n_two = float(two.n.at(flops)) if two and two.n else None
-    n_three = float(optimal_allocation(three.law, flops, fit.cost).n) if three else None
+    n_three = float(optimal_allocation(chosen.fit.law, flops, fit.cost).n) if chosen else None
     if why_not is None and two and two.n and n_two is not None:
         n, approach = n_two, 2
         rule = (
@@ -99,16 +103,17 @@ def recommend(fit: ScalingFit, flops: Scalar) -> Recommendation:
         d_fit = float(two.d.at(flops)) if two.d else None
         if d_fit is not None and abs(math.log(d_fit / float(fit.cost.tokens(flops, n)))) > math.log(1.2):
             words.append(f"the separate fit of D gives D* = {d_fit:.3g}, more than 20 % from what the budget leaves")
-    elif n_three is not None and three:
+    elif n_three is not None and chosen:
         n, approach = n_three, 3
-        rule = f"approach 3: the closed-form minimum of the fitted law at this budget, because {why_not}"
-        law = fit.approach3_draws.law if fit.approach3_draws else None
+        rule = f"{chosen.fit.law.label}: the closed-form minimum of the fitted law at this budget, because {why_not}"
+        law = chosen.draws.law if chosen.draws else None
         n_draws = np.asarray(optimal_allocation(law, flops, fit.cost).n) if law else np.array([])
     else:
         raise UserError(f"fit: no allocation can be recommended; {why_not}, and approach 3 was not fitted")
-    if n_two and n_three and not 1 / DISAGREE < n_two / n_three < DISAGREE:
+    if n_two and n_three and chosen and not 1 / DISAGREE < n_two / n_three < DISAGREE:
         words.append(
-            f"N* is {n_two:.3g} by approach 2, {n_three:.3g} by approach 3: they disagree by more than {DISAGREE}x"
+            f"N* is {n_two:.3g} by approach 2, {n_three:.3g} by {chosen.fit.law.label}: they disagree by "
+            f"more than {DISAGREE}x"
         )
     largest = float(fit.runs["flops"].max())
     if flops > 10 * largest:
@@ -122,37 +127,36 @@ def predict(fit: ScalingFit, *, flops: Scalar, n: Scalar, d: Scalar) -> Predicti
     """Predicted loss of the run that will be trained: `n` parameters, `d` tokens, at a budget of `flops`.
 
     `n` and `d` are the real ones (a ladder size, whole steps), not the recommendation, which the record carries beside
-    them. The loss comes from approach 3, the only one that answers away from the valley's floor. Where the law, fitted
-    without the largest budget, missed it by more than twice its residuals, the prediction interval is widened by that
-    ratio. Raises UserError without approach 3.
+    them. The loss comes from the parametric law with the smaller error on the largest budget, fitted without it: only
+    a formula answers away from the valley's floor. Where that error is more than twice the law's residuals, the
+    prediction interval is widened by that ratio. Raises UserError without approach 3.
     """
-    for name, value in (("n", n), ("d", d)):
+    for axis, value in (("n", n), ("d", d)):
         if not (math.isfinite(value) and value > 0):
-            raise UserError(f"{name}: {value}; give the positive number of the run that will be trained")
-    three = fit.approach3
-    if three is None:
-        raise UserError("fit: approach 3 was not fitted; a predicted loss needs it")
+            raise UserError(f"{axis}: {value}; give the positive number of the run that will be trained")
+    name, chosen, why = fit.choose()
+    law = chosen.fit.law
     advice = recommend(fit, flops)
     words = list(advice.warnings)
-    loss = float(three.law.loss(n, d))
-    inflate, scatter = 1.0, residual_scale(three)
-    if fit.holdout_error is not None and fit.holdout_error > 2 * scatter > 0:
-        inflate = fit.holdout_error / scatter
+    loss = float(law.loss(n, d))
+    inflate, scatter = 1.0, residual_scale(chosen.fit)
+    if chosen.holdout_error is not None and chosen.holdout_error > 2 * scatter > 0:
+        inflate = chosen.holdout_error / scatter
         words.append(
-            f"fitted without the largest budget, the law misses it by {100 * fit.holdout_error:.2g} % against "
+            f"fitted without the largest budget, {law.label} misses it by {100 * chosen.holdout_error:.2g} % against "
             f"residuals of {100 * scatter:.2g} %: the interval is widened by that ratio"
         )
     one_run = law_only = None
-    if fit.approach3_draws:
+    if chosen.draws:
         rng = np.random.default_rng([fit.seed, 4])
-        law_only, one_run = loss_intervals(three, fit.approach3_draws, n, d, rng, level=fit.level, inflate=inflate)
+        law_only, one_run = loss_intervals(chosen.fit, chosen.draws, n, d, rng, level=fit.level, inflate=inflate)
     if one_run is None:
         words.append("too few bootstrap draws: the prediction has no interval")
     frontier = fit.approach2.frontier.loss(flops) if fit.approach2 and fit.approach2.frontier else None
-    at_best = float(three.law.loss(advice.n, advice.d))
+    at_best = float(law.loss(advice.n, advice.d))
     if frontier is not None and abs(frontier / at_best - 1) > 0.02:
         words.append(
-            f"at the recommended allocation approach 3 predicts {at_best:.4g}, approach 2's valleys {frontier:.4g}: "
+            f"at the recommended allocation {law.label} predicts {at_best:.4g}, approach 2's valleys {frontier:.4g}: "
             "more than 2 % apart"
         )
     spent = float(fit.cost.flops(n, d))
@@ -160,9 +164,21 @@ def predict(fit: ScalingFit, *, flops: Scalar, n: Scalar, d: Scalar) -> Predicti
         words.append(f"n and d spend about {spent:.3g} FLOPs, not the {flops:.3g} of the budget")
     if not 1 / 2 < n / advice.n < 2:
         words.append(f"n = {n:.3g} is more than a factor of two from the recommended {advice.n:.3g}")
-    rule = f"loss: approach 3 at the N and D that will be trained; allocation: {advice.rule}"
+    laws = {key: part.fit.law for key, part in (("approach3", fit.additive), ("coupled", fit.coupled)) if part}
     return Prediction(
-        float(flops), float(n), float(d), loss, one_run, law_only, fit.level, rule, frontier, advice, tuple(words)
+        flops=float(flops),
+        n=float(n),
+        d=float(d),
+        loss=loss,
+        interval=one_run,
+        interval_mean=law_only,
+        level=fit.level,
+        law=name,
+        loss_by_law={key: float(law.loss(n, d)) for key, law in laws.items()},
+        rule=f"loss: {law.label} at the N and D that will be trained, because {why}; allocation: {advice.rule}",
+        loss_frontier=frontier,
+        recommendation=advice,
+        warnings=tuple(words),
     )
 
 

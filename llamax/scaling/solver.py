@@ -1,6 +1,6 @@
 """The minimiser behind the parametric laws: robust, bounded, from many starts, for many resamples at once.
 
-Minimises  sum_i w_i Huber_delta(log L(N_i, D_i; theta) - log L_i) + tie/2 · log(gamma)^2  with
+Minimises  sum_i w_i Huber_delta(log L(N_i, D_i; theta) - log L_i)  with
 
     log L = LSE(gamma · LSE((a - alpha log N) / gamma, (b - beta log D) / gamma), e)
 
@@ -29,8 +29,7 @@ class Problem:
     """The fit in centred coordinates: x = log N - mean, so a and b are the log terms at the middle of the data.
 
     Centring removes most of the correlation between a and alpha (b and beta), and gives the bounds a meaning. The
-    number of bounds is the number of parameters. tie: weight of the penalty on log(gamma)^2 / 2, in units of the
-    objective.
+    number of bounds is the number of parameters.
     """
 
     x: np.ndarray
@@ -40,12 +39,9 @@ class Problem:
     delta: float
     lower: np.ndarray
     upper: np.ndarray
-    tie: float = 0.0
 
     @classmethod
-    def of(
-        cls, n: np.ndarray, d: np.ndarray, loss: np.ndarray, delta: float, *, coupled: bool = False, tie: float = 0.0
-    ) -> "Problem":
+    def of(cls, n: np.ndarray, d: np.ndarray, loss: np.ndarray, delta: float, *, coupled: bool = False) -> "Problem":
         """The problem of these runs, with five parameters or, `coupled`, six."""
         x, y, z = np.log(n), np.log(d), np.log(loss)
         floor, ceiling = z.min() + np.log(TERM_FLOOR), z.max()
@@ -54,7 +50,7 @@ class Problem:
         if coupled:
             lower, upper = [*lower, np.log(GAMMA_RANGE[0])], [*upper, np.log(GAMMA_RANGE[1])]
         centre = (float(x.mean()), float(y.mean()))
-        return cls(x - centre[0], y - centre[1], z, centre, delta, np.array(lower), np.array(upper), tie)
+        return cls(x - centre[0], y - centre[1], z, centre, delta, np.array(lower), np.array(upper))
 
     def inside(self, theta: np.ndarray) -> np.ndarray:
         """Centred coordinates of theta."""
@@ -110,7 +106,7 @@ class Problem:
     def minimise(
         self, theta: np.ndarray, weights: np.ndarray, *, iterations: int, tolerance: float
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Minimise from every start `[batch, parameters]` under run weights `[batch or 1, runs]`; returns thetas and objectives.
+        """Minimise from every start `[batch, parameters]` and run weights `[batch or 1, runs]`; thetas, objectives.
 
         Each step solves the weighted Gauss-Newton system with Huber weights min(1, delta / |r|), damped until the
         objective falls; a parameter at a bound whose gradient points outward is held. A start stops when ten steps
@@ -141,8 +137,7 @@ class Problem:
 
     def _value(self, theta: np.ndarray, weights: np.ndarray) -> np.ndarray:
         predicted, _ = predict_log(theta, self.x, self.y)
-        value = (weights * huber(predicted - self.z, self.delta)).sum(-1)
-        return value + self.tie / 2 * theta[:, 5] ** 2 if self.tie else value
+        return (weights * huber(predicted - self.z, self.delta)).sum(-1)
 
     def _step(self, theta: np.ndarray, weights: np.ndarray, damping: np.ndarray) -> np.ndarray:
         predicted, jacobian = predict_log(theta, self.x, self.y)
@@ -150,9 +145,6 @@ class Problem:
         weighted = jacobian * (weights * self.delta / np.maximum(np.abs(residual), self.delta))[..., None]
         gradient = (weighted * residual[..., None]).sum(-2)
         normal = np.swapaxes(weighted, -1, -2) @ jacobian
-        if self.tie:
-            gradient[:, 5] += self.tie * theta[:, 5]
-            normal[:, 5, 5] += self.tie
         held = ((theta <= self.lower) & (gradient > 0)) | ((theta >= self.upper) & (gradient < 0))
         free = ~held
         normal = np.where(free[:, :, None] & free[:, None, :], normal, 0.0)

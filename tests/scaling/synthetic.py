@@ -3,14 +3,16 @@
 import numpy as np
 import pandas as pd
 
-from llamax.scaling import ChinchillaLaw, optimal_allocation
+from llamax.scaling import ChinchillaLaw, CoupledLaw, optimal_allocation
 
 TINY = ChinchillaLaw(E=0.9, A=60.0, B=400.0, alpha=0.38, beta=0.40)  # about the size of the quickstart
 CHINCHILLA = ChinchillaLaw(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
+# What the quickstart's own runs follow: the slope in D depends on N.
+BENT = CoupledLaw(E=0.55, A=150.0, B=5900.0, alpha=0.5, beta=0.65, gamma=0.5)
 
 
 def isoflop(
-    law: ChinchillaLaw = TINY,
+    law: ChinchillaLaw | CoupledLaw = TINY,
     budgets: tuple[float, ...] = (3e11, 7e11, 1.5e12, 3e12),
     sizes: int = 6,
     span: float = 4.0,

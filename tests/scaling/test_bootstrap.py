@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from llamax.scaling import bootstrap_approach2, bootstrap_approach3, fit_approach3, optimal_allocation
+from llamax.scaling import bootstrap_approach2, bootstrap_parametric, fit_approach3, optimal_allocation
 from llamax.scaling.approach3 import refit
 from llamax.scaling.bootstrap import interval, loss_intervals, resample_counts
 
@@ -39,9 +39,9 @@ def test_checkpoints_of_one_run_are_drawn_together():
 def test_repeating_rows_of_a_run_does_not_narrow_the_interval():
     frame = isoflop(sizes=6, noise=0.01).assign(run=lambda f: f.index)
     four = frame.loc[frame.index.repeat(4)].reset_index(drop=True)
-    once = bootstrap_approach3(fit3(frame), frame, 200, np.random.default_rng(0)).intervals()["n_exponent"]
-    honest = bootstrap_approach3(fit3(four), four, 200, np.random.default_rng(0)).intervals()["n_exponent"]
-    naive = bootstrap_approach3(fit3(four), four.drop(columns="run"), 200, np.random.default_rng(0)).intervals()[
+    once = bootstrap_parametric(fit3(frame), frame, 200, np.random.default_rng(0)).intervals()["n_exponent"]
+    honest = bootstrap_parametric(fit3(four), four, 200, np.random.default_rng(0)).intervals()["n_exponent"]
+    naive = bootstrap_parametric(fit3(four), four.drop(columns="run"), 200, np.random.default_rng(0)).intervals()[
         "n_exponent"
     ]
     width = [high - low for low, high in (once, honest, naive)]
@@ -65,17 +65,17 @@ def test_degenerate_resamples_are_counted():
     assert any("left fewer than two valid budgets" in w for w in draws.warnings())
     assert any("budget 3e+11 had no valid vertex" in w for w in draws.warnings())
     six = isoflop(budgets=(3e11, 3e12), sizes=3, noise=0.002)
-    draws = bootstrap_approach3(fit3(six), six, 100, np.random.default_rng(0))
+    draws = bootstrap_parametric(fit3(six), six, 100, np.random.default_rng(0))
     assert draws.failed > 90
     assert draws.draws == 100 - draws.failed
-    none = bootstrap_approach3(fit3(six), six, 1, np.random.default_rng(0))
+    none = bootstrap_parametric(fit3(six), six, 1, np.random.default_rng(0))
     assert (none.draws, none.failed, none.intervals()["E"]) == (0, 1, None)
 
 
 def test_prediction_interval_adds_the_scatter_of_one_run():
     frame = isoflop(sizes=7, noise=0.01)
     fit = fit3(frame)
-    draws = bootstrap_approach3(fit, frame, 200, np.random.default_rng(0))
+    draws = bootstrap_parametric(fit, frame, 200, np.random.default_rng(0))
     best = optimal_allocation(TINY, 1e12)  # in the middle of the data: parameters are well known there
     mean, one_run = loss_intervals(fit, draws, best.n, best.d, np.random.default_rng(1))
     assert one_run[0] < mean[0] < fit.law.loss(best.n, best.d) < mean[1] < one_run[1]
@@ -131,7 +131,7 @@ def test_intervals_cover_the_truth():
         frame = isoflop(noise=0.005, seed=seed)
         two = bootstrap_approach2(frame, 300, np.random.default_rng(seed))
         fit = fit3(frame)
-        three = bootstrap_approach3(fit, frame, 300, np.random.default_rng(seed))
+        three = bootstrap_parametric(fit, frame, 300, np.random.default_rng(seed))
         law, run = loss_intervals(fit, three, best.n, best.d, np.random.default_rng(seed))
         measured = best.loss * np.exp(0.005 * rng.normal())
         checks = {

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from llamax.errors import UserError
-from llamax.scaling import fit_frame, optimal_allocation, predict, recommend, score
-from llamax.scaling.fit import leave_largest_out
+from llamax.scaling import fit_approach3, fit_coupled, fit_frame, optimal_allocation, predict, recommend, score
+from llamax.scaling.fit import holdout_error, leave_largest_out
 
 from .synthetic import TINY, isoflop
 
@@ -94,8 +94,15 @@ def test_approach3_decides_where_the_valleys_are_off_the_grid():
 
 def test_largest_budget_left_out_widens_the_interval_of_a_wrong_law():
     good = isoflop(noise=0.002, seed=1)
-    assert leave_largest_out(isoflop()) < 1e-6
-    assert leave_largest_out(isoflop(budgets=(1e12, 1e13))) is None
+    rest, largest = leave_largest_out(isoflop())
+    assert set(largest["budget"]) == {3e12}
+    assert set(rest["budget"]) == {3e11, 7e11, 1.5e12}
+    assert holdout_error(fit_approach3, rest, largest) < 1e-6
+    assert holdout_error(fit_coupled, rest, largest) < 1e-5
+    assert holdout_error(fit_approach3, rest, largest.assign(loss=largest["loss"] * 1.05)) == pytest.approx(
+        np.log(1.05), rel=1e-3
+    )
+    assert leave_largest_out(isoflop(budgets=(1e12, 1e13))) == (None, None)
     broken = good.assign(loss=np.where(good["budget"] == good["budget"].max(), 1.04 * good["loss"], good["loss"]))
     at = {"flops": TARGET, "n": BEST.n, "d": BEST.d}
     plain, wide = (predict(fit_frame(f, bootstrap=100), **at) for f in (good, broken))
@@ -132,7 +139,8 @@ def test_score_says_hit_and_miss(noisy):
 def test_thin_and_odd_tables():
     two = fit_frame(isoflop(budgets=(1e12, 2e12)), bootstrap=0)
     assert any("fewer than three budgets" in w for w in two.all_warnings())
-    assert two.holdout_error is None
+    assert two.additive.holdout_error is two.coupled.holdout_error is None
+    assert "cannot be compared" in two.choose()[2]
     with pytest.raises(UserError, match="5 runs"):
         fit_frame(isoflop(budgets=(1e12,), sizes=5), bootstrap=0)
     only2 = fit_frame(isoflop(budgets=(1e12,), sizes=5), (2,), bootstrap=20)
