@@ -1,19 +1,17 @@
-"""What the tests of the loop share: a small token store, one finished run, the command line in this process."""
+"""What the tests of the loop share: a small token store, the command line in this process."""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 
-from llamax.config.run import Bytes, Corpus, MeshConfig
+from llamax.config.run import Bytes, Corpus
 from llamax.data.store import Store, build_store
-from llamax.mesh.rules import make_mesh
 from tests.train.runs import write_texts
 
 
@@ -28,22 +26,6 @@ def build(texts: Path, out: Path) -> Store:
     source = {"kind": "text", "paths": (str(texts),)}
     corpus = Corpus.model_validate({"sources": [{"source": source}], "held_out_fraction": 0.2})
     return build_store(corpus, Bytes(), out)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_devices() -> Iterator[None]:
-    """A mesh of fixed sizes takes as many of the eight simulated devices as it names, so that tiny runs use one."""
-
-    def mesh(config: MeshConfig) -> Any:
-        sizes = [config.data, config.fsdp, config.tensor, config.expert]
-        count = 1
-        for size in sizes:
-            count *= size
-        return make_mesh(config, jax.devices()[:count] if 0 < count < len(jax.devices()) else None)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llamax.train.loop.make_mesh", mesh)
-        yield
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ def tokens_of(steps: int, config: RunConfig, seed: int = 0, vocab: int = 32) -> 
 
 def prepare(config: RunConfig) -> tuple[Dispatch, TrainState]:
     """(dispatch, fresh state) on one device."""
-    rules, mesh = load_rules(config.mesh.rules), make_mesh(config.mesh, jax.devices()[: config.mesh.data])
+    rules, mesh = load_rules(config.mesh.rules), make_mesh(config.mesh)
     abstract = abstract_state(config, rules, mesh)
     state = init_state(config, config.train.steps or STEPS, abstract)
     return make_dispatch(config, rules, mesh, abstract), state

@@ -61,12 +61,12 @@ def short_store(tmp_path: Path) -> Path:
         (
             ["mesh.data=2", "mesh.fsdp=8"],
             "error: mesh.data=2, mesh.fsdp=8, mesh.tensor=1, mesh.expert=1: the fixed sizes multiply to 16, which does "
-            "not divide 8 devices; change one of them",
+            "not fit the 8 devices there are; change one of them",
         ),
         (
             ["mesh.tensor=4"],
-            "error: mesh: array model.stacks.0.blocks.0.attention.key, axis kv_heads of 2, is not divisible by tensor=4; "
-            "change the mesh or the model",
+            "error: mesh: array model.stacks.0.blocks.0.attention.key, axis kv_heads of 2, is not divisible by "
+            "tensor=4; change the mesh or the model",
         ),
         (["model.vocab_size=100"], "error: model.vocab_size=100 does not fit the store's vocabulary of 256 ("),
         (["model.vocab_size=512"], "error: model.vocab_size=512 does not fit the store's vocabulary of 256 ("),
