@@ -122,13 +122,14 @@ class Study:
         return self.law.loss(n, d) if self.law else float("nan")
 
     def law_optimum(self, flops: Any) -> tuple[Any, Any]:
-        """N and D at which the law is least on C = k·N^s·D, at every compute `flops` `[points]`; needs `law`."""
+        """N and D at which the law is least on C = k·N^s·D, at compute `flops`, a number or `[points]`; needs `law`."""
         cost = _part(self.fits, "cost")
         costs = Cost(number(cost.get("coefficient", 6.0)), number(cost.get("n_exponent", 1.0)))
         if self.law is None:
             raise ValueError("no law was fitted")
-        best = [optimal_allocation(self.law, float(c), costs) for c in flops]
-        return np.array([b.n for b in best]), np.array([b.d for b in best])
+        best = [optimal_allocation(self.law, float(c), costs) for c in np.ravel(flops)]
+        shape = np.shape(flops)
+        return np.reshape([b.n for b in best], shape), np.reshape([b.d for b in best], shape)
 
 
 def load_study(
