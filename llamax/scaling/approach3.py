@@ -174,7 +174,7 @@ def refit(
     thetas, objectives = problem.minimise(
         np.tile(starts, (draws, 1)), np.repeat(weights, k, axis=0), iterations=300, tolerance=1e-7
     )
-    thetas, objectives = thetas.reshape(draws, k, -1), objectives.reshape(draws, k)
+    thetas, objectives = thetas.reshape(draws, k, fit.n_parameters), objectives.reshape(draws, k)
     at = np.arange(draws), np.argmin(objectives, axis=1)
     return _law(problem.outside(thetas[at])), objectives[at]
 
