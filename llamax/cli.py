@@ -194,7 +194,9 @@ def fit(
     d: Annotated[str, typer.Option(help="Column of training tokens; empty to derive it from FLOPs.")] = "tokens",
     loss: Annotated[str, typer.Option(help="Column of loss, nats per token.")] = "eval_loss",
     flops: Annotated[str | None, typer.Option(help="Column of training FLOPs; empty for 6 N D.")] = "flops_6n",
-    budget: Annotated[str | None, typer.Option(help="Column of the nominal budget, for approach 2; empty for none.")] = "budget",
+    budget: Annotated[
+        str | None, typer.Option(help="Column of the nominal budget, for approach 2; empty for none.")
+    ] = "budget",
     approach: Annotated[list[int] | None, typer.Option(help="2 (parabolas), 3 (parametric); default both.")] = None,
     bootstrap: Annotated[int, typer.Option(help="Resamples for the intervals; 0 for none.")] = 300,
     delta: Annotated[float, typer.Option(help="Huber threshold on log loss.")] = 1e-3,

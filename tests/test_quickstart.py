@@ -38,7 +38,7 @@ def test_the_grid_is_as_wide_as_promised() -> None:
 def test_nearest_size_is_nearest() -> None:
     spec = load_sweep("quickstart")
     assert nearest_size(spec, 68_000) == "ladder/d48"
-    assert nearest_size(spec, 840_000) == "ladder/d128"
+    assert nearest_size(spec, 635_000) == "ladder/d128"
 
 
 def start(directory: Path, cache: Path) -> subprocess.Popen[str]:

@@ -7,7 +7,7 @@ stop early, the flaw Besiroglu et al. 2024 (arXiv:2404.10102) found in the origi
 The same objective with a sixth parameter, gamma, fits the coupled law (laws.py). The minimiser is in solver.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -117,9 +117,9 @@ def fit_coupled(
 ) -> ParametricFit:
     """Fit the coupled law L = E + (A / N^alpha + B / D^beta)^gamma; objective, starts and errors as in `fit_approach3`.
 
-    gamma lies in 0.1 .. 3 and has no prior: in the coordinates of solver.py it is determined by a few budgets of five
-    sizes (0.5 % noise: to about 15 %), and priors of width 2, 1 and 1/2 in log gamma predicted no better. Raises
-    UserError for fewer than seven runs.
+    gamma lies in 0.1 .. 3. It is fitted twice: freely, which gives the scatter of the runs, then with a prior on gamma
+    (solver.py) weighed against that scatter; `objective` leaves the prior out. Raises UserError for fewer than seven
+    runs.
     """
     return _fit(n, d, loss, delta, coupled=True)
 
@@ -133,6 +133,10 @@ def _fit(n: np.ndarray, d: np.ndarray, loss: np.ndarray, delta: float, *, couple
     thetas, objectives = problem.minimise(starts, np.ones((1, len(loss))), iterations=2000, tolerance=1e-13)
     best = int(np.argmin(objectives))
     theta, objective = thetas[best], float(objectives[best])
+    if coupled:
+        scatter = float(np.abs(predict_log(theta[None], problem.x, problem.y)[0] - problem.z).mean())
+        theta = replace(problem, scatter=scatter).best(thetas, iterations=2000, tolerance=1e-13)
+        objective = problem.value(theta)
     predicted, jacobian = predict_log(theta[None], problem.x, problem.y)
     norms = np.linalg.norm(jacobian[0], axis=0)
     condition = float(np.linalg.cond(jacobian[0] / np.where(norms > 0, norms, 1.0)))
@@ -167,6 +171,8 @@ def refit(
     """
     coupled = isinstance(fit.law, CoupledLaw)
     problem = Problem.of(n, d, loss, fit.delta, coupled=coupled)
+    if coupled:
+        problem = replace(problem, scatter=float(np.abs(fit.residuals).mean()))
     per_gamma = (1, 0) if coupled else (extra_starts, extra_starts // 2)
     others = problem.starts(*per_gamma)[:extra_starts]
     starts = np.concatenate([problem.inside(fit.theta)[None], others])

@@ -21,6 +21,9 @@ EXPONENT_RANGE = (0.01, 3.0)  # alpha and beta of the additive law; published fi
 # Of the coupled law: exponents of the whole terms, and gamma. The ends keep A and B within floating point.
 COUPLED_EXPONENT_RANGE, GAMMA_RANGE = (0.01, 2.0), (0.1, 3.0)
 GAMMA_STARTS = (1.0, 0.5, 0.25)
+# Prior of the coupled law: log gamma is normal around log 0.5 with this width, weighed against the scatter of the runs.
+# Some twenty noisy runs trade gamma against E, and the extrapolation follows; without scatter the prior has no weight.
+PRIOR_GAMMA, PRIOR_WIDTH = 0.5, 0.1  # from pilot studies: docs/decisions.md
 TERM_FLOOR = 1e-4  # smallest part of the smallest loss that E, or a power term at the middle of the data, may be
 
 
@@ -39,6 +42,7 @@ class Problem:
     delta: float
     lower: np.ndarray
     upper: np.ndarray
+    scatter: float = 0.0  # mean absolute log residual of single runs: the unit in which the prior is weighed
 
     @classmethod
     def of(cls, n: np.ndarray, d: np.ndarray, loss: np.ndarray, delta: float, *, coupled: bool = False) -> "Problem":
@@ -135,9 +139,26 @@ class Problem:
                     break
         return result, value
 
+    def best(self, starts: np.ndarray, *, iterations: int, tolerance: float) -> np.ndarray:
+        """The best theta that `minimise` reaches from `starts`, every run counted once."""
+        thetas, values = self.minimise(starts, np.ones((1, len(self.z))), iterations=iterations, tolerance=tolerance)
+        return thetas[int(np.argmin(values))]
+
+    def value(self, theta: np.ndarray) -> float:
+        """The objective at one theta, every run counted once."""
+        return float(self._value(theta[None], np.ones((1, len(self.z))))[0])
+
     def _value(self, theta: np.ndarray, weights: np.ndarray) -> np.ndarray:
         predicted, _ = predict_log(theta, self.x, self.y)
-        return (weights * huber(predicted - self.z, self.delta)).sum(-1)
+        return (weights * huber(predicted - self.z, self.delta)).sum(-1) + self._prior(theta)[0]
+
+    def _prior(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+        """Value, slope and curvature by log gamma of the prior, in the objective's units: delta x scatter a nat."""
+        if theta.shape[1] < 6 or not self.scatter:
+            return np.zeros(len(theta)), np.zeros(len(theta)), 0.0
+        curvature = self.delta * self.scatter / PRIOR_WIDTH**2
+        off = theta[:, 5] - np.log(PRIOR_GAMMA)
+        return 0.5 * curvature * off**2, curvature * off, curvature
 
     def _step(self, theta: np.ndarray, weights: np.ndarray, damping: np.ndarray) -> np.ndarray:
         predicted, jacobian = predict_log(theta, self.x, self.y)
@@ -145,6 +166,10 @@ class Problem:
         weighted = jacobian * (weights * self.delta / np.maximum(np.abs(residual), self.delta))[..., None]
         gradient = (weighted * residual[..., None]).sum(-2)
         normal = np.swapaxes(weighted, -1, -2) @ jacobian
+        _, slope, curvature = self._prior(theta)
+        if curvature:
+            gradient[:, 5] += slope
+            normal[:, 5, 5] += curvature
         held = ((theta <= self.lower) & (gradient > 0)) | ((theta >= self.upper) & (gradient < 0))
         free = ~held
         normal = np.where(free[:, :, None] & free[:, None, :], normal, 0.0)

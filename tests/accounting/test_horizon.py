@@ -8,7 +8,7 @@ from llamax.accounting import count_params, horizon, training_flops_per_token
 from llamax.config.load import load_run
 from llamax.errors import UserError
 
-N = 167_360  # tiny: ladder/d64
+N = 117_056  # tiny: ladder/d64
 
 
 def test_steps_are_taken_as_given() -> None:
@@ -26,13 +26,13 @@ def test_steps_are_taken_as_given() -> None:
     [
         (
             "train.flops=1e12",
-            243,
-            "D = C / (6 N) = 1e+12 / (6 x 167,360) = 995,857 tokens; steps = round(D / (32 x 128)) = 243",
+            348,
+            "D = C / (6 N) = 1e+12 / (6 x 117,056) = 1,423,820 tokens; steps = round(D / (32 x 128)) = 348",
         ),
         (
             "train.tokens_per_param=20",
-            817,
-            "D = 20 N = 20 x 167,360 = 3,347,200 tokens; steps = round(D / (32 x 128)) = 817",
+            572,
+            "D = 20 N = 20 x 117,056 = 2,341,120 tokens; steps = round(D / (32 x 128)) = 572",
         ),
         ("train.tokens=1e6", 244, "D = 1,000,000 tokens, as given; steps = round(D / (32 x 128)) = 244"),
         ("train.steps=3", 3, "steps = 3, as given; D = steps x batch x seq = 12,288 tokens"),

@@ -67,7 +67,7 @@ BAD = {
         "both or neither",
     ],
     "model=llama3/9b": ["model 'llama3/9b' is not known", "llama3/8b"],
-    "model=ladder/d7": ["ladder width d7", "the nearest is d16"],
+    "model=ladder/d7": ["ladder width d7", "the nearest is d8"],
     "model=[1]": ["expected a name such as llama3/8b", "[1]"],
     "train.steps": ["override 'train.steps'", "expected a.b.c=value"],
     "=3": ["expected a.b.c=value"],

@@ -162,8 +162,10 @@ def test_a_field_has_one_owner(axes: list[dict], more: dict, message: str) -> No
 
 
 def test_overrides_reach_the_sweep_or_its_cells() -> None:
-    spec = load_sweep("quickstart", ["axes.0.budgets=[1e10, 2e10, 3e10]", "rules.min_steps=7", "train.seq_len=64"])
-    assert spec.axes[0].budgets == (1e10, 2e10, 3e10)
+    spec = load_sweep(
+        "quickstart", ["axes.0.budgets=[1e10, 2e10, 3e10, 4e10]", "rules.min_steps=7", "train.seq_len=64"]
+    )
+    assert spec.axes[0].budgets == (1e10, 2e10, 3e10, 4e10)
     assert spec.rules.min_steps == 7
     assert "train.seq_len=64" in spec.overrides
     with pytest.raises(UserError, match="sizes_"):
