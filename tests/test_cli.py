@@ -82,7 +82,8 @@ def test_answers_at_once(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "verb",
-    ["quickstart", "train", "eval", "sweep plan", "sweep run", "sweep status", "fit", "report", "ledger", "diff", "export",
+    ["quickstart", "train", "eval", "sweep plan", "sweep run", "sweep status", "fit", "report", "ledger", "diff",
+     "export",
      "data build", "data inspect", "model list", "model show", "config show", "config schema", "doctor"],
 )  # fmt: skip
 def test_every_verb_has_help(verb: str) -> None:
@@ -282,12 +283,13 @@ def test_no_traceback_from_a_real_process(tmp_path: Path) -> None:
 
 
 def test_start_to_first_step_is_quick(tmp_path: Path, store: Path) -> None:
-    """Under ten seconds for the smallest ladder model with cold caches; three times that where the machine is shared."""
+    """Under ten seconds for the smallest ladder model with cold caches; thrice that where the machine is shared."""
     began = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "llamax.cli", "train", "tiny", *TINY, "train.steps=1", f"data.store={store}",
          f"--run-dir={tmp_path / 'r'}"],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "LLAMAX_CACHE": str(tmp_path / "cache"), "XLA_FLAGS": ""},
+        cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "LLAMAX_CACHE": str(tmp_path / "cache"), "XLA_FLAGS": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert time.perf_counter() - began < 30

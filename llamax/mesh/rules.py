@@ -58,7 +58,8 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     elif fixed < len(devices):
         if jax.process_count() > 1:
             raise UserError(
-                f"{shown}: uses {fixed} of {len(devices)} devices of {jax.process_count()} processes; set one axis to -1"
+                f"{shown}: uses {fixed} of the {len(devices)} devices of {jax.process_count()} processes; "
+                "set one axis to -1"
             )
         devices = devices[:fixed]  # what was asked for; the others stay idle
     types = (jax.sharding.AxisType.Auto,) * len(AXES)

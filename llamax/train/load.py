@@ -62,7 +62,8 @@ def evaluate_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str
     store = open_data(config.data)
     if store.vocab_size > config.model.vocab_size:
         raise UserError(
-            f"{store.path}: the store's vocabulary of {store.vocab_size} exceeds model.vocab_size={config.model.vocab_size}; "
+            f"{store.path}: the store's vocabulary of {store.vocab_size} exceeds "
+            f"model.vocab_size={config.model.vocab_size}; "
             "evaluate on a store made with the run's tokenizer"
         )
     mesh = make_mesh(config.mesh)

@@ -355,7 +355,8 @@ def _check_vocabulary(config: RunConfig, store: Store) -> None:
     padded = -(-store.vocab_size // 256) * 256
     if not store.vocab_size <= config.model.vocab_size <= padded:
         raise UserError(
-            f"model.vocab_size={config.model.vocab_size} does not fit the store's vocabulary of {store.vocab_size} ({store.path}); "
+            f"model.vocab_size={config.model.vocab_size} does not fit the store's vocabulary of "
+            f"{store.vocab_size} ({store.path}); "
             f"set model.vocab_size={store.vocab_size}, or up to {padded} to pad, or use another store"
         )
 
@@ -364,8 +365,9 @@ def _check_batch(config: RunConfig, ways: int) -> None:
     micro = config.train.batch_size // config.train.grad_accumulation
     if micro % ways:
         raise UserError(
-            f"train.batch_size={config.train.batch_size} / train.grad_accumulation={config.train.grad_accumulation} = {micro} "
-            f"sequences are not divisible by the mesh's {ways} batch shards; choose a multiple of {ways * config.train.grad_accumulation}"
+            f"train.batch_size={config.train.batch_size} / train.grad_accumulation={config.train.grad_accumulation} = "
+            f"{micro} sequences are not divisible by the mesh's {ways} batch shards; "
+            f"choose a multiple of {ways * config.train.grad_accumulation}"
         )
 
 
