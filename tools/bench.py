@@ -34,9 +34,12 @@ REFERENCE = "torch-compile-f32"
 STEP_MULTIPLE = 10  # llamax runs ten steps a dispatch
 
 
+STARTED = time.perf_counter()
+
+
 def say(text: str) -> None:
-    """Progress, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """Progress with elapsed seconds, on stderr."""
+    print(f"{time.perf_counter() - STARTED:5.0f} s  {text}", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------- one side
