@@ -44,6 +44,9 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
+    except OSError as error:  # a path or a disk, outside what names its own field
+        print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
 
 
 # ---------------------------------------------------------------- the main job
@@ -66,6 +69,8 @@ def quickstart(
     from llamax.quickstart import run_quickstart
 
     result = run_quickstart(directory, fast=fast, settings=settings or [], workers=workers)
+    if not as_json:  # the fits are in the report; a person wants the verdict
+        result = {name: value for name, value in result.items() if name != "fit"}
     _emit(result, as_json)
 
 
@@ -193,10 +198,13 @@ def fit(
     n: Annotated[str, typer.Option(help="Column of parameters.")] = "n",
     d: Annotated[str, typer.Option(help="Column of training tokens; empty to derive it from FLOPs.")] = "tokens",
     loss: Annotated[str, typer.Option(help="Column of loss, nats per token.")] = "eval_loss",
-    flops: Annotated[str | None, typer.Option(help="Column of training FLOPs; empty for 6 N D.")] = "flops_6n",
+    flops: Annotated[
+        str | None, typer.Option(help="Column of training FLOPs; default flops_6n where there is one, else 6 N D.")
+    ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="Column of the nominal budget, for approach 2; empty for none.")
-    ] = "budget",
+        str | None,
+        typer.Option(help="Column of the nominal budget, for approach 2; default budget where there is one."),
+    ] = None,
     approach: Annotated[list[int] | None, typer.Option(help="2 (parabolas), 3 (parametric); default both.")] = None,
     bootstrap: Annotated[int, typer.Option(help="Resamples for the intervals; 0 for none.")] = 300,
     delta: Annotated[float, typer.Option(help="Huber threshold on log loss.")] = 1e-3,
@@ -207,7 +215,7 @@ def fit(
     """Fit scaling laws with bootstrap intervals to a study or to any table of runs."""
     from llamax.fitting import fit_data, fit_tables
 
-    columns = {"n": n, "d": d or None, "loss": loss, "flops": flops or None, "budget": budget or None}
+    columns = {"n": n, "d": d or None, "loss": loss, "flops": flops, "budget": budget}
     result = fit_data(data, columns, approach or [2, 3], bootstrap=bootstrap, delta=delta, seed=seed, at=at)
     if as_json:
         _print_json(result)

@@ -43,12 +43,10 @@ def fit_data(
     words: list[str] = []
     if path.is_dir():
         frame, words = usable_runs(ledger(path))
-        if "budget" not in frame and columns["budget"] == "budget":
-            columns = {**columns, "budget": None}
     else:
         frame = read_table(path)
-    if columns["budget"] is None and 2 in approaches and 3 in approaches:
-        approaches = [3]
+    usual = {name: LEDGER_COLUMNS[name] for name in ("flops", "budget") if LEDGER_COLUMNS[name] in frame}
+    columns = {name: usual.get(name) if column is None else column for name, column in columns.items()}
     fit = fit_frame(frame, tuple(approaches), **columns, bootstrap=bootstrap, delta=delta, seed=seed)  # type: ignore[arg-type]
     result = fit.as_dict() | {"warnings": [*words, *fit.all_warnings()]}
     if at is None:

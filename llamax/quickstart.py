@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from llamax.accounting import count_params
-from llamax.config.load import load_model, load_run
+from llamax.config.load import load_run
 from llamax.config.sweep import Isoflop, SweepConfig, load_sweep
 from llamax.errors import UserError
 from llamax.sweep.plan import Cell, Plan, make_plan
@@ -30,6 +30,7 @@ from llamax.train.files import write_atomic
 # The prediction is made for this many times the largest trained budget: 3x is promised, the rest covers whole steps.
 PREDICTION_FACTOR = 3.2
 BOOTSTRAP = 400
+ENDED = ("done", "diverged")
 SHORT = {"corpus": "data.corpus", "tokenizer": "data.tokenizer.kind"}
 
 
@@ -95,7 +96,7 @@ def _prepare(name: str, settings: Sequence[str]) -> tuple[SweepConfig, int]:
         raise UserError(f"sweep {name}: base is inline; the quickstart needs a named train config")
     with step_progress() as progress:
         store = open_data(load_run(spec.base, spec.overrides).data, progress)
-    if store.vocab_size != 256:
+    if store.vocab_size != 256 and not any(text.startswith("model.vocab_size=") for text in texts):
         spec = load_sweep(name, [*texts, f"model.vocab_size={store.vocab_size}"])
     _say(f"corpus: {store.tokens('train'):,} training and {store.tokens('held_out'):,} held-out tokens in {store.path}")
     return spec, store.tokens("train")
@@ -126,9 +127,11 @@ def _train(directory: Path, workers: int, names: list[str]) -> None:
 
     with live() as report:
         state = run_local(directory, workers=workers, only=names, report=report, retry_failed=True)
-    failed = [row for row in state["cells"] if row["state"] == "failed"]
-    for row in failed:
-        _say(f"warning: cell {row['name']} failed: {row.get('note') or row.get('error')}")
+    if open_cells := [f"{row['name']} ({row['state']})" for row in state["cells"] if row["state"] not in ENDED]:
+        raise UserError(
+            f"{directory}: {len(open_cells)} cells are not finished: {', '.join(open_cells)}; "
+            f"run the same command again, and look in {directory / 'failures'} if it repeats"
+        )
 
 
 def _fit(directory: Path) -> tuple[Any, dict[str, Any]]:
@@ -179,13 +182,11 @@ def nearest_size(spec: SweepConfig, n: float) -> str:
     axis = next(axis for axis in spec.axes if isinstance(axis, Isoflop))
     first = axis.pairs[0][1]
     ladder = first.partition("/")[0]
-    vocabulary = [text for text in spec.overrides if text.startswith("model.vocab_size=")]
-    step = 16
+    if not (math.isfinite(n) and n > 0):
+        raise UserError(f"the fit recommends N = {n}; no size can be chosen, add cells or budgets to the sweep")
     best, best_miss = first, math.inf
-    for width in range(step, 4097, step):
-        config = load_model(f"{ladder}/d{width}")
-        if vocabulary:
-            config = config.model_copy(update={"vocab_size": int(vocabulary[-1].partition("=")[2])})
+    for width in range(8, 4097, 8):
+        config = load_run(str(spec.base), (*spec.overrides, f"model.base={ladder}/d{width}")).model
         miss = abs(math.log(count_params(config).active_matmul / n))
         if miss > best_miss:
             break  # N grows with the width

@@ -222,8 +222,6 @@ def test_fit_reads_any_table(tmp_path: Path) -> None:
         "--n=params",
         "--d=tok",
         "--loss=nll",
-        "--flops=",
-        "--budget=",
         "--bootstrap=0",
         "--json",
     )
@@ -293,3 +291,21 @@ def test_start_to_first_step_is_quick(tmp_path: Path, store: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert time.perf_counter() - began < 30
+
+
+def test_relative_paths_work(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import llamax
+
+    monkeypatch.chdir(tmp_path)
+    done = call("train", "tiny", "--run-dir=runs/a", *TINY, f"data.store={store}", "--json")
+    assert done.code == 0, done.err
+    llamax.load("runs/a")
+    assert call("eval", "runs/a", "--json").code == 0
+
+
+def test_a_diverged_run_is_reported(store: Path, tmp_path: Path) -> None:
+    loss = ["optimizer.lr=1e6", "optimizer.clip_norm=1e9", "train.divergence_factor=1.0001", "schedule.warmup=0"]
+    done = call("train", "tiny", f"--run-dir={tmp_path / 'r'}", *TINY, *loss, f"data.store={store}", "--json")
+    assert done.code == 1
+    assert done.json["status"] == "diverged"
+    assert "diverged" in done.err

@@ -30,6 +30,8 @@ def load_rules(name: str) -> Rules:
                 f"mesh rules {name}: {logical} -> {bad[0]!r} is not a mesh axis; use one of {', '.join(AXES)} or null"
             )
         rules[logical] = axes
+    if "batch" not in rules:
+        raise UserError(f"mesh rules {name}: batch has no rule; add `batch: [data, fsdp, expert]`")
     return rules
 
 

@@ -167,6 +167,10 @@ def _cell(spec: SweepConfig, point: Point, corpus_tokens: int | None, speed: Thr
     texts = [_override(path, value) for path, value in point.sets if not path.startswith("rules.")]
     try:
         sets, said = resolve(_build(spec, texts), validate(Rules, rules, "rules"))
+        for path in sets:
+            if any(text.partition("=")[0] == path for text in spec.overrides):
+                rule = "rules.lr" if path == "optimizer.lr" else "rules.batch"
+                raise UserError(f"{path} is set by an override and by {rule}; drop one (rules: {rule}=null)")
         texts += [_override(path, value) for path, value in sets.items()]
         return make_cell(
             point.label,

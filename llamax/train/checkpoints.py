@@ -70,7 +70,8 @@ class Checkpoints:
         on_warning: Warn = warnings.warn,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._directory, self._config, self._warn, self._clock = Path(directory), config, on_warning, clock
+        self._directory, self._config = Path(directory).absolute(), config  # Orbax refuses relative paths
+        self._warn, self._clock = on_warning, clock
         self._last = clock()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._job: Future[None] | None = None
@@ -216,7 +217,7 @@ def load_params(run_dir: Path, abstract_model: T, step: int | None = None, *, on
     Raises:
         UserError: no checkpoint, no good one, not that step, or other arrays than the model's.
     """
-    directory = Path(run_dir) / CHECKPOINTS
+    directory = Path(run_dir).absolute() / CHECKPOINTS
     found = _newest_good(directory, on_warning, step)
     if found is None:
         have = ", ".join(str(item.step) for item in find_checkpoints(directory)[::-1])

@@ -30,6 +30,7 @@ from llamax.mesh.start import start
 from llamax.train.checkpoints import Checkpoints
 from llamax.train.evaluate import evaluate
 from llamax.train.progress import Progress
+from llamax.train.rows import plain
 from llamax.train.run_dir import Run, open_run
 from llamax.train.signals import StopRequest, stop_signals
 from llamax.train.state import TrainState, abstract_state, init_state
@@ -121,6 +122,7 @@ class _Session:
                     raise Interrupted(stop.signal or "", step)
                 loss, tokens = found
             result = self._result(step, cause, int(state.skipped), loss, tokens)
+            result = plain(result)
             self.run_dir.finish(result)
         self._progress(step, "done")
         return result
