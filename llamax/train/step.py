@@ -128,9 +128,11 @@ def make_dispatch(config: RunConfig, rules: Rules, mesh: Mesh, abstract: TrainSt
     """The compiled `dispatch(state, batches, count)`: up to steps_per_dispatch updates in one program.
 
     `batches` has arrays [steps_per_dispatch, batch, ...] of which the first `count` are used. The trip count is data,
-    so the same program runs whatever `count` is: where a run is interrupted cannot change its numbers. Returns the
-    state, metrics [steps_per_dispatch] (valid where < the number of steps run) and that number; under on_divergence=stop it
-    ends at the first bad step, and a later dispatch of that state does nothing. The state is donated.
+    so the same program runs whatever `count` is: where a run is interrupted cannot change its numbers.
+
+    Returns the state, metrics [steps_per_dispatch] (valid where < the number of steps run) and that number; under
+    on_divergence=stop it ends at the first bad step, and a later dispatch of that state does nothing. The state is
+    donated.
     """
     execution = execution_of(config, rules, mesh)
     stop = config.train.on_divergence == "stop"
