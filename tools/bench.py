@@ -183,9 +183,8 @@ def bench_startup(python: str, repeats: int = 3) -> dict[str, dict[str, float]]:
                 str(where),
             ]
             start = time.perf_counter()
-            process = subprocess.Popen(
-                command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-            )
+            log = (here / f"{name}.log").open("w+")  # a pipe nobody reads would fill and block the run
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=log)
             first = None
             while process.poll() is None:
                 with contextlib.suppress(FileNotFoundError):
@@ -193,8 +192,11 @@ def bench_startup(python: str, repeats: int = 3) -> dict[str, dict[str, float]]:
                         first = time.perf_counter() - start
                 time.sleep(0.01)
             total = time.perf_counter() - start
+            log.seek(0)
+            last = log.read()[-2000:]
+            log.close()
             if process.returncode or first is None:
-                raise RuntimeError(f"llamax train failed: {process.stderr and process.stderr.read()[-2000:]}")
+                raise RuntimeError(f"llamax train failed: {last}")
             return {"first_step_seconds": first, "total_seconds": total}
 
         def median(name: str) -> dict[str, float]:
@@ -237,10 +239,20 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def save(result: dict[str, Any], folder: Path | None) -> None:
+    """Write the dated file, after every shape, so that an interrupted hour is not lost."""
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{result['date'][:10]}-cpu{os.cpu_count()}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    say(f"wrote {path}")
+
+
 def main() -> None:
     """Parse, run, print; write a dated file with --out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1.5, help="of one side in one round")
@@ -258,20 +270,17 @@ def main() -> None:
         "rounds": options.rounds,
         "shapes": {},
     }
-    peak = measure_peak(sys.executable)
+    peak = result["matmul_peak_gflops"] = measure_peak(sys.executable)
     for shape in options.shapes:
         result["shapes"][shape] = bench_shape(shape, options.sides, pythons, options.rounds, options.seconds)
-    again = measure_peak(sys.executable)
-    result["matmul_peak_gflops"] = {name: max(value, again[name]) for name, value in peak.items()}
+        again = measure_peak(sys.executable)
+        peak |= {name: max(value, again[name]) for name, value in peak.items()}
+        save(result, options.out)
     if not options.no_startup:
         result["startup"] = bench_startup(sys.executable)
     result["machine"]["load_after"] = os.getloadavg()[0]
+    save(result, options.out)
     print(json.dumps(result) if options.json else table(result))
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        path = options.out / f"{result['date'][:10]}-cpu{os.cpu_count()}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        say(f"wrote {path}")
 
 
 def _processor() -> str:
