@@ -5,10 +5,18 @@ from __future__ import annotations
 import functools
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from llamax.config.base import Frozen
-from llamax.config.components import Attention, Init, Mlp, Norm, Position, RMSNorm
+from llamax.config.components import Attention, Init, Mlp, MoeMlp, Norm, Position, RMSNorm, Rope, RopeLongrope
 from llamax.config.merge import merge
 from llamax.config.messages import explain
 
@@ -18,11 +26,14 @@ class Block(Frozen):
 
     `placement`: `pre` x + f(norm(x)); `post` norm(x + f(x)); `sandwich` x + norm(f(norm(x))) (Gemma 2).
     `residual`: `sequential` attention then mlp; `parallel` both read one shared norm (GPT-J, Cohere).
+    `branch`: a mixture of experts that reads a norm of its own of the block's input and joins the block's output, so
+    that it runs beside attention and mlp (the dense-MoE hybrid of Snowflake Arctic).
     """
 
     attention: Attention
     position: Position
     mlp: Mlp
+    branch: MoeMlp | None = None
     norm: Norm
     placement: Literal["pre", "post", "sandwich"]
     residual: Literal["sequential", "parallel"]
@@ -50,10 +61,12 @@ class Embedding(Frozen):
 
 
 class Head(Frozen):
-    """The output projection: tied to the embedding or its own; `softcap` as in Gemma 2."""
+    """The output projection: tied to the embedding or its own. Logits are multiplied by `scale` (Cohere), then capped
+    at softcap * tanh(logit / softcap) (Gemma 2)."""
 
     tied: bool = False
     bias: bool = False
+    scale: PositiveFloat | None = None
     softcap: PositiveFloat | None = None
 
 
@@ -61,7 +74,11 @@ class ModelConfig(Frozen):
     """A decoder-only transformer.
 
     `attention` ... `residual` describe the model's block; `segments` says how many and where one differs.
-    `attention.kv_heads` defaults to `heads`, `attention.head_dim` to d_model / heads.
+    `attention.kind` defaults to `gqa`, its `kv_heads` to `heads` and its `head_dim` to d_model / heads. `mtp` counts
+    multi-token prediction modules (DeepSeek-V3, arXiv:2412.19437): module k predicts token t + 1 + k from the stream
+    at t and the embedding of token t + k, through one more block like the last layer's; embedding and head are shared.
+    `dialect` is the transformers model_type its weights are written as (null: the first that can express it); it says
+    nothing about the architecture.
     """
 
     vocab_size: PositiveInt
@@ -71,11 +88,14 @@ class ModelConfig(Frozen):
     attention: Attention
     position: Position
     mlp: Mlp
+    branch: MoeMlp | None = None
     norm: Norm = RMSNorm()
     placement: Literal["pre", "post", "sandwich"] = "pre"
     residual: Literal["sequential", "parallel"] = "sequential"
     embedding: Embedding = Embedding()
     head: Head = Head()
+    mtp: NonNegativeInt = 0
+    dialect: str | None = None
     init: Init = Init()
 
     @field_validator("segments", mode="before")
@@ -87,9 +107,12 @@ class ModelConfig(Frozen):
     @classmethod
     def _derive_heads(cls, data: Any) -> Any:
         attention = data.get("attention") if isinstance(data, dict) else None
-        if not isinstance(attention, dict) or not isinstance(attention.get("heads"), int) or attention["heads"] < 1:
+        if not isinstance(attention, dict) or attention.get("kind", "gqa") != "gqa":
             return data
-        derived = {"kv_heads": attention["heads"]}
+        derived: dict[str, Any] = {"kind": "gqa"}
+        if not isinstance(attention.get("heads"), int) or attention["heads"] < 1:
+            return {**data, "attention": {**derived, **attention}}
+        derived["kv_heads"] = attention["heads"]
         if attention.get("head_dim") is None:
             d_model, heads = data.get("d_model"), attention["heads"]
             if isinstance(d_model, int) and d_model % heads:
@@ -112,20 +135,17 @@ class ModelConfig(Frozen):
                     f"position.kind={block.position.kind} is added to the embedding, so it is the whole model's: "
                     "set it on model.position, not inside a segment"
                 )
+            if block.branch is not None and (block.residual, block.placement) != ("sequential", "pre"):
+                raise ValueError("branch needs residual=sequential and placement=pre; set them back")
             if block.position.kind == "rope":
-                head_dim, fraction = block.attention.head_dim, block.position.fraction
-                width = int(head_dim * fraction)
-                if width < 2 or width % 2:
-                    raise ValueError(
-                        f"rope rotates attention.head_dim={head_dim} x position.fraction={fraction:g} = {width} "
-                        "dimensions; choose an even number, at least 2"
-                    )
+                _check_rope(block.attention, block.position)
         return self
 
     @functools.cached_property
     def blocks(self) -> tuple[tuple[int, tuple[Block, ...]], ...]:
         """The resolved stack: (repeat, unit of blocks) a segment."""
         own = {name: getattr(self, name).as_dict() for name in ("attention", "position", "mlp", "norm")}
+        own |= {"branch": self.branch.as_dict() if self.branch else None}
         own |= {"placement": self.placement, "residual": self.residual}
         return tuple(
             (segment.repeat, tuple(_block(own, part, f"segments.{s}.unit.{u}") for u, part in enumerate(segment.unit)))
@@ -136,6 +156,20 @@ class ModelConfig(Frozen):
     def layers(self) -> tuple[Block, ...]:
         """Every block from input to output, in order."""
         return tuple(block for repeat, unit in self.blocks for _ in range(repeat) for block in unit)
+
+
+def _check_rope(attention: Attention, rope: Rope) -> None:
+    head_dim, fraction = attention.rotary_width, rope.fraction
+    width = int(head_dim * fraction)
+    if width < 2 or width % 2:
+        raise ValueError(
+            f"rope rotates attention.head_dim={head_dim} x position.fraction={fraction:g} = {width} "
+            "dimensions; choose an even number, at least 2"
+        )
+    if isinstance(rope.scaling, RopeLongrope) and len(rope.scaling.short) != width // 2:
+        raise ValueError(
+            f"position.scaling has {len(rope.scaling.short)} factors for {width // 2} frequencies; give one each"
+        )
 
 
 def _block(own: dict[str, Any], part: dict[str, Any], where: str) -> Block:

@@ -263,7 +263,7 @@ def _runs(study: Study) -> Section:
     )
 
 
-def _run_row(study: Study, row: dict[str, Any]) -> tuple[str, ...]:
+def _run_row(study: Study, row: Mapping[Any, Any]) -> tuple[str, ...]:
     residual = (
         100 * (row["eval_loss"] / study.law_loss(row["n"], row["tokens"]) - 1)
         if study.law and row["n"] > 0 and row["tokens"] > 0

@@ -189,7 +189,7 @@ def loss_curves(study: Study, against: str) -> Picture | None:
             if run == held
             else {"color": palette[_nearest(order, sizes[run])], "lw": 1.1}
         )
-        axes.plot(*drawn[run], gid=hover(f"{run}: N {count(sizes[run])}"), **style)
+        axes.plot(*drawn[run], gid=hover(f"{run!s}: N {count(sizes[run])}"), **style)
     _crop_start(axes, list(drawn.values()))
     frontier = _frontier(axes, study) if against == "flops_6n" else None
     log_axis(axes, "x", power if against == "flops_6n" else count)

@@ -7,6 +7,7 @@ all: they are not independent, and resampling them one by one would make interva
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,19 +184,12 @@ def _at_bound(law: Law) -> np.ndarray:
     return np.any([np.asarray((v < low + 1e-6) | (v > high - 1e-6)) for v, (low, high) in bounded], axis=0)
 
 
-def loss_intervals(
-    fit: ParametricFit,
-    draws: ParametricDraws,
-    n: Scalar,
-    d: Scalar,
-    rng: np.random.Generator,
-    *,
-    level: float = 0.95,
-    inflate: float = 1.0,
-) -> tuple[Interval | None, Interval | None]:
-    """At `n` parameters and `d` tokens: confidence interval of the law's loss, prediction interval of one new run.
+def loss_draws(
+    fit: ParametricFit, draws: ParametricDraws, n: Scalar, d: Scalar, rng: np.random.Generator, *, inflate: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """At `n` parameters and `d` tokens: draws of the law's loss `[draws]`, and of one new run's `[20 * draws]`.
 
-    The first holds the uncertainty of the parameters only. The second adds the scatter of single runs around the law: a
+    The first hold the uncertainty of the parameters only. The second add the scatter of single runs around the law: a
     residual resampled for every draw, scaled by sqrt(runs / (runs - parameters)) because the fit made them small, and
     by `inflate`.
     """
@@ -203,15 +197,25 @@ def loss_intervals(
     scale = inflate * np.sqrt(fit.n_points / max(fit.n_points - fit.n_parameters, 1))
     # Several residuals per draw make the ends smooth; the number of draws alone decides the cost.
     scatter = scale * rng.choice(fit.residuals, size=(20, len(mean)))
-    return interval(mean, level), interval((mean * np.exp(scatter)).ravel(), level)
+    return mean, (mean * np.exp(scatter)).ravel()
 
 
 def interval(draws: Any, level: float = 0.95) -> Interval | None:
     """Percentile interval of the finite draws; None with fewer than ten of them."""
-    finite = np.asarray(draws)[np.isfinite(draws)]
-    if len(finite) < 10:
+    return mixture_interval([np.asarray(draws)], [1.0], level)
+
+
+def mixture_interval(parts: Sequence[np.ndarray], weights: Sequence[float], level: float = 0.95) -> Interval | None:
+    """Percentile interval of a mixture: `parts` are draws, each part as a whole has its weight.
+
+    None when a part has fewer than ten finite draws.
+    """
+    finite = [np.asarray(part)[np.isfinite(part)] for part in parts]
+    if any(len(part) < 10 for part in finite):
         return None
-    low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
+    weight = np.concatenate([np.full(len(part), w / len(part)) for part, w in zip(finite, weights, strict=True)])
+    ends = np.array([(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(np.concatenate(finite), ends, weights=weight, method="inverted_cdf")
     return float(low), float(high)
 
 

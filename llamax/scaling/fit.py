@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,13 +23,14 @@ from llamax.scaling.table import clean
 class Parametric:
     """One parametric law fitted to the table, its bootstrap draws, and its holdout error.
 
-    holdout_error: root mean square relative error on the runs of the largest budget when the law is fitted without
-    them; None where that cannot be done.
+    holdout_error: root mean square relative error on the `holdout_runs` runs of the largest budget when the law is
+    fitted without them; None where that cannot be done.
     """
 
     fit: ParametricFit
     draws: ParametricDraws | None
     holdout_error: float | None
+    holdout_runs: int = 0
 
     def as_dict(self, cost: Cost, grid: np.ndarray, level: float) -> dict[str, Any]:
         """Plain values of the fit with `intervals`, `bootstrap`, `bands` and `holdout_error_percent`."""
@@ -77,6 +79,23 @@ class ScalingFit:
             f"{100 * other:.2g} %"
         )
         return ("coupled", self.coupled, errors) if other < mine else ("approach3", self.additive, errors)
+
+    def weights(self) -> dict[str, float]:
+        """How much each law counts in a predicted interval, by name in `as_dict`; they sum to 1.
+
+        (1 / holdout_error)^holdout_runs: the likelihood of the held-out runs when the law's error is normal with the
+        size that fits them best. The law that `choose` takes counts alone where the test cannot be made.
+        """
+        laws = {"approach3": self.additive, "coupled": self.coupled}
+        score = {
+            name: -part.holdout_runs * math.log(max(part.holdout_error, 1e-12))
+            for name, part in laws.items()
+            if part and part.holdout_error is not None
+        }
+        if len(score) < len(laws):
+            return {self.choose()[0]: 1.0}
+        raw = {name: math.exp(value - max(score.values())) for name, value in score.items()}
+        return {name: value / sum(raw.values()) for name, value in raw.items()}
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready: every approach with `intervals`, `bootstrap` and `bands`; `law` that predicts; cost, warnings."""
@@ -196,7 +215,7 @@ def _parametric(
     found = fit(*(runs[c].to_numpy(float) for c in ("n", "d", "loss")), delta=delta)
     draws = bootstrap_parametric(found, runs, bootstrap, np.random.default_rng(seed)) if bootstrap else None
     error = holdout_error(fit, rest, largest, delta) if rest is not None and largest is not None else None
-    return Parametric(found, draws, error)
+    return Parametric(found, draws, error, 0 if largest is None else len(largest))
 
 
 def _percent(value: float | None) -> float | None:

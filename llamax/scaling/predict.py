@@ -11,8 +11,8 @@ import numpy as np
 
 from llamax.errors import UserError
 from llamax.scaling.approach3 import residual_scale
-from llamax.scaling.bootstrap import Interval, as_list, interval, loss_intervals
-from llamax.scaling.fit import ScalingFit
+from llamax.scaling.bootstrap import Interval, as_list, interval, loss_draws, mixture_interval
+from llamax.scaling.fit import Parametric, ScalingFit
 from llamax.scaling.laws import Scalar, check_flops, optimal_allocation, plain
 
 DISAGREE = 1.5  # approaches whose optimal sizes differ by more than this factor are reported
@@ -128,8 +128,9 @@ def predict(fit: ScalingFit, *, flops: Scalar, n: Scalar, d: Scalar) -> Predicti
 
     `n` and `d` are the real ones (a ladder size, whole steps), not the recommendation, which the record carries beside
     them. The loss comes from the parametric law with the smaller error on the largest budget, fitted without it: only
-    a formula answers away from the valley's floor. Where that error is more than twice the law's residuals, the
-    prediction interval is widened by that ratio. Raises UserError without approach 3.
+    a formula answers away from the valley's floor. The intervals hold the doubt about the law too: they mix the draws
+    of both laws by `ScalingFit.weights`. Where a law's error is more than twice its residuals, its scatter of single
+    runs is widened by that ratio. Raises UserError without approach 3.
     """
     for axis, value in (("n", n), ("d", d)):
         if not (math.isfinite(value) and value > 0):
@@ -139,17 +140,13 @@ def predict(fit: ScalingFit, *, flops: Scalar, n: Scalar, d: Scalar) -> Predicti
     advice = recommend(fit, flops)
     words = list(advice.warnings)
     loss = float(law.loss(n, d))
-    inflate, scatter = 1.0, residual_scale(chosen.fit)
-    if chosen.holdout_error is not None and chosen.holdout_error > 2 * scatter > 0:
-        inflate = chosen.holdout_error / scatter
+    ratio = _inflation(chosen)
+    if ratio > 1:
         words.append(
-            f"fitted without the largest budget, {law.label} misses it by {100 * chosen.holdout_error:.2g} % against "
-            f"residuals of {100 * scatter:.2g} %: the interval is widened by that ratio"
+            f"fitted without the largest budget, {law.label} misses it by {100 * (chosen.holdout_error or 0):.2g} % "
+            f"against residuals of {100 * residual_scale(chosen.fit):.2g} %: the interval is widened by that ratio"
         )
-    one_run = law_only = None
-    if chosen.draws:
-        rng = np.random.default_rng([fit.seed, 4])
-        law_only, one_run = loss_intervals(chosen.fit, chosen.draws, n, d, rng, level=fit.level, inflate=inflate)
+    law_only, one_run = _intervals(fit, n, d)
     if one_run is None:
         words.append("too few bootstrap draws: the prediction has no interval")
     frontier = fit.approach2.frontier.loss(flops) if fit.approach2 and fit.approach2.frontier else None
@@ -202,6 +199,28 @@ def score(prediction: Prediction | Mapping[str, Any], measured: Scalar) -> Score
         where = "inside" if inside else "OUTSIDE"
         words += f"{where} the {100 * record.get('level', 0.95):.0f} % interval [{bounds[0]:.4f}, {bounds[1]:.4f}]"
     return Score(loss, float(measured), abs(signed), inside, words)
+
+
+def _inflation(part: Parametric) -> float:
+    """By what a law's scatter is multiplied: its error on the largest budget over its residuals, if more than 2."""
+    scatter = residual_scale(part.fit)
+    error = part.holdout_error or 0.0
+    return error / scatter if error > 2 * scatter > 0 else 1.0
+
+
+def _intervals(fit: ScalingFit, n: Scalar, d: Scalar) -> tuple[Interval | None, Interval | None]:
+    """Of the law's loss and of one new run, over the draws of both laws in proportion to `ScalingFit.weights`."""
+    laws = {"approach3": fit.additive, "coupled": fit.coupled}
+    rng = np.random.default_rng([fit.seed, 4])
+    pairs, weights = [], []
+    for name, weight in fit.weights().items():
+        part = laws[name]
+        if part is None or part.draws is None:
+            return None, None
+        pairs.append(loss_draws(part.fit, part.draws, n, d, rng, inflate=_inflation(part)))
+        weights.append(weight)
+    mean, one_run = (mixture_interval(parts, weights, fit.level) for parts in zip(*pairs, strict=True))
+    return mean, one_run
 
 
 def _why_not_approach2(fit: ScalingFit) -> str | None:

@@ -3,7 +3,7 @@ import pytest
 
 from llamax.scaling import bootstrap_approach2, bootstrap_parametric, fit_approach3, optimal_allocation
 from llamax.scaling.approach3 import refit
-from llamax.scaling.bootstrap import interval, loss_intervals, resample_counts
+from llamax.scaling.bootstrap import interval, loss_draws, mixture_interval, resample_counts
 
 from .published import chinchilla_runs, expected
 from .synthetic import TINY, isoflop
@@ -77,17 +77,27 @@ def test_prediction_interval_adds_the_scatter_of_one_run():
     fit = fit3(frame)
     draws = bootstrap_parametric(fit, frame, 200, np.random.default_rng(0))
     best = optimal_allocation(TINY, 1e12)  # in the middle of the data: parameters are well known there
-    mean, one_run = loss_intervals(fit, draws, best.n, best.d, np.random.default_rng(1))
+    mean, one_run = map(interval, loss_draws(fit, draws, best.n, best.d, np.random.default_rng(1)))
     assert one_run[0] < mean[0] < fit.law.loss(best.n, best.d) < mean[1] < one_run[1]
     assert one_run[1] - one_run[0] > 2 * (mean[1] - mean[0])
     assert one_run[1] / one_run[0] - 1 == pytest.approx(4 * 0.01, rel=0.5)  # about +-2 sigma of the noise put in
-    wider = loss_intervals(fit, draws, best.n, best.d, np.random.default_rng(1), inflate=3.0)[1]
+    wider = interval(loss_draws(fit, draws, best.n, best.d, np.random.default_rng(1), inflate=3.0)[1])
     assert wider[1] - wider[0] > 2 * (one_run[1] - one_run[0])
 
 
 def test_too_few_draws_give_no_interval():
     assert interval(np.array([1.0, 2.0, np.nan])) is None
     assert interval(np.arange(101.0), 0.9) == pytest.approx((5.0, 95.0))
+
+
+def test_a_mixture_weighs_each_part_as_a_whole():
+    rng = np.random.default_rng(0)
+    left, right = rng.normal(0, 1, 40_000), rng.normal(10, 1, 400)
+    assert mixture_interval([left, right], [1.0, 0.0]) == pytest.approx(interval(left), abs=1e-9)
+    # With half of the weight each, 2.5 % below is 5 % of the left part and 2.5 % above 5 % of the right one.
+    low, high = mixture_interval([left, right], [0.5, 0.5])
+    assert (low, high) == pytest.approx((np.quantile(left, 0.05), np.quantile(right, 0.95)), abs=0.02)
+    assert mixture_interval([left, right[:9]], [0.5, 0.5]) is None
 
 
 def published_resamples(count: int) -> np.ndarray:
@@ -132,7 +142,7 @@ def test_intervals_cover_the_truth():
         two = bootstrap_approach2(frame, 300, np.random.default_rng(seed))
         fit = fit3(frame)
         three = bootstrap_parametric(fit, frame, 300, np.random.default_rng(seed))
-        law, run = loss_intervals(fit, three, best.n, best.d, np.random.default_rng(seed))
+        law, run = map(interval, loss_draws(fit, three, best.n, best.d, np.random.default_rng(seed)))
         measured = best.loss * np.exp(0.005 * rng.normal())
         checks = {
             "approach 2": (two.intervals()["n_exponent"], exponent),
