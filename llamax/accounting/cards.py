@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from llamax.accounting.cache import kv_cache_bytes_per_token
 from llamax.accounting.flops import forward_flops_by_component, training_flops_per_token
-from llamax.accounting.memory import kv_cache_bytes_per_token
 from llamax.accounting.params import count_params
 from llamax.config.cards import card_of, find_size
 from llamax.config.load import load_model, model_names

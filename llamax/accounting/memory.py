@@ -1,4 +1,4 @@
-"""Bytes a training run needs, summed over the whole mesh, and the bytes of a KV cache.
+"""Bytes a training run needs, summed over the whole mesh.
  Parameters, gradients and optimizer states are exact for the layouts in use. Activations are an estimate: what the
 backward pass keeps, by the rules in `MEMORY_RULES`; compilers fuse some of it away and add buffers of their own.
 """
@@ -6,7 +6,7 @@ backward pass keeps, by the rules in `MEMORY_RULES`; compilers fuse some of it a
 from __future__ import annotations
 
 from llamax.accounting.params import Leaf, leaves
-from llamax.config.components import DenseMlp, MoeMlp
+from llamax.config.components import Attention, DenseMlp, LatentAttention, MoeMlp
 from llamax.config.model import Block, ModelConfig
 from llamax.config.run import RunConfig, TrainConfig
 
@@ -14,7 +14,7 @@ _F32 = 4
 _BYTES = {"float32": 4, "bfloat16": 2}
 
 MEMORY_RULES: dict[str, str] = {
-    "parameters": "4 bytes a parameter: float32 master weights",
+    "parameters": "4 bytes a parameter, prediction modules and router biases included: float32 master weights",
     "gradients": "4 bytes a parameter, twice that with gradient accumulation (the sum and the newest part)",
     "optimizer": "4 bytes each: AdamW 2 a parameter; Muon 1 for matrices, 2 for the rest; Lion and SGD 1; "
     "Adafactor a row and a column for matrices of 128 or more on both sides, else 1 a parameter",
@@ -30,25 +30,17 @@ def memory_bytes(config: RunConfig) -> dict[str, int]:
     """Bytes of a training step by the keys of `MEMORY_RULES`, over the whole mesh."""
     rows = list(leaves(config.model))
     train = config.train
-    params = sum(leaf.size for leaf in rows)
+    learned = [leaf for leaf in rows if leaf.group != "buffer"]  # a rule moves the others, without gradient or moments
+    params = sum(leaf.size for leaf in learned)
     microbatch = train.batch_size // train.grad_accumulation * train.seq_len
     result = {
-        "parameters": _F32 * params,
-        "optimizer": _F32 * sum(_moments(leaf, config.optimizer.kind) for leaf in rows),
+        "parameters": _F32 * sum(leaf.size for leaf in rows),
+        "optimizer": _F32 * sum(_moments(leaf, config.optimizer.kind) for leaf in learned),
         "gradients": _F32 * params * (1 if train.grad_accumulation == 1 else 2),
         "activations": microbatch * _activation_bytes_per_token(config.model, train),
         "logits": 2 * _F32 * config.model.vocab_size * min(train.loss_chunk or microbatch, microbatch),
     }
     return result | {"total": sum(result.values())}
-
-
-def kv_cache_bytes_per_token(model: ModelConfig, bytes_per_value: int = 2) -> int:
-    """Bytes one more token appends to the KV cache: 2 (keys, values) x kv_heads x head_dim x layers, bfloat16 by
-    default.
-
-    A layer with a window appends as much until the window is full and nothing after.
-    """
-    return bytes_per_value * sum(2 * b.attention.kv_heads * b.attention.head_dim for b in model.layers)
 
 
 def _moments(leaf: Leaf, optimizer: str) -> int:
@@ -70,22 +62,42 @@ def _activation_bytes_per_token(model: ModelConfig, train: TrainConfig) -> int:
     kept, scratch = 0, 0
     for repeat, unit in model.blocks:
         whole = sum(_block_bytes(block, d, train.seq_len, carry, operand) for block in unit)
-        scores = max(2 * _F32 * block.attention.heads * train.seq_len for block in unit)
+        scores = max(2 * _F32 * _scores(block.attention) * train.seq_len for block in unit)
         matmuls = operand * sum(_matmul_width(block, d) for block in unit)
         kept += repeat * {"none": whole, "dots": carry * d + matmuls, "full": carry * d}[train.remat]
         scratch = max(scratch, scores + (0 if train.remat == "none" else whole))
+    if model.mtp:  # the modules are not scanned: each keeps its two inputs, their projection and all of its block
+        kept += model.mtp * (4 * carry * d + _block_bytes(model.layers[-1], d, train.seq_len, carry, operand))
     return kept + scratch
 
 
+def _scores(a: Attention) -> int:
+    """Float32 scores a query and key: one a head, and an indexer's own."""
+    return a.heads + (a.indexer.heads if isinstance(a, LatentAttention) and a.indexer else 0)
+
+
 def _block_bytes(block: Block, d: int, seq_len: int, carry: int, operand: int) -> int:
-    """The intermediates of one block, per token: residual stream and norms, q k v before and after rotation, attention
-    weights (no flash kernel: all `seq_len` keys, and the slope of a softcap), attention output, MLP."""
+    """The intermediates of one block, per token: residual stream and norms, queries, keys and values, attention
+    weights (no flash kernel: all `seq_len` keys, and the slope of a softcap), attention output, MLP and branch."""
     a = block.attention
-    sublayers = 4 if block.placement == "sandwich" else 2
+    sublayers = (4 if block.placement == "sandwich" else 2) + (block.branch is not None)
     residual = carry * d * (2 + sublayers)
-    qkv = operand * (2 * (a.heads + a.kv_heads) + a.kv_heads) * a.head_dim
-    weights = a.heads * seq_len * (operand + (_F32 if a.softcap is not None else 0))
-    return residual + qkv + weights + operand * (a.heads * a.head_dim + d) + operand * _mlp_width(block.mlp, d)
+    softcap = not isinstance(a, LatentAttention) and a.softcap is not None
+    weights = a.heads * seq_len * (operand + (_F32 if softcap else 0))
+    mixture = 0 if block.branch is None else _mlp_width(block.branch, d)
+    widths = _attention_width(a) + a.heads * a.value_dim + d + _mlp_width(block.mlp, d) + mixture
+    return residual + weights + operand * widths
+
+
+def _attention_width(a: Attention) -> int:
+    """Elements per token on the way to the scores: queries and keys before and after rotation, values; for latent
+    attention its latents before and after their norms, and the same of every index head."""
+    if not isinstance(a, LatentAttention):
+        return (2 * (a.heads + a.kv_heads) + a.kv_heads) * a.head_dim
+    latents = 2 * (a.q_rank or 0) + 2 * (a.kv_rank + a.rope_dim)
+    expanded = 2 * a.heads * a.head_dim + a.heads * (a.nope_dim + a.value_dim) + a.heads * a.head_dim
+    index = 0 if a.indexer is None else 2 * (a.indexer.heads + 1) * a.indexer.head_dim + a.indexer.heads
+    return latents + expanded + index
 
 
 def _mlp_width(mlp: DenseMlp | MoeMlp, d: int) -> int:
@@ -98,7 +110,20 @@ def _mlp_width(mlp: DenseMlp | MoeMlp, d: int) -> int:
 
 def _matmul_width(block: Block, d: int) -> int:
     """Elements per token that the weight matmuls of one block put out: what remat=dots saves."""
-    a, mlp = block.attention, block.mlp
-    attention = (a.heads + 2 * a.kv_heads) * a.head_dim + d
-    dense = [mlp] if isinstance(mlp, DenseMlp) else [mlp.expert] * mlp.top_k + ([mlp.shared] if mlp.shared else [])
-    return attention + sum((2 if m.gated else 1) * m.d_ff + d for m in dense)
+    mlps = [block.mlp] if block.branch is None else [block.mlp, block.branch]
+    dense: list[DenseMlp] = []
+    for mlp in mlps:
+        if isinstance(mlp, DenseMlp):
+            dense.append(mlp)
+        else:
+            dense += [mlp.expert] * mlp.top_k + ([mlp.shared] if mlp.shared else [])
+    return _projected(block.attention) + d + sum((2 if m.gated else 1) * m.d_ff + d for m in dense)
+
+
+def _projected(a: Attention) -> int:
+    """Elements per token that the projections before the scores put out."""
+    if not isinstance(a, LatentAttention):
+        return (a.heads + 2 * a.kv_heads) * a.head_dim
+    index = 0 if a.indexer is None else (a.indexer.heads + 1) * a.indexer.head_dim + a.indexer.heads
+    latents = (a.q_rank or 0) + a.kv_rank + a.rope_dim
+    return latents + a.heads * (a.head_dim + a.nope_dim + a.value_dim) + index

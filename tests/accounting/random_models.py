@@ -63,3 +63,57 @@ def random_model(seed: int) -> ModelConfig:
         "head": {"tied": flag(), "bias": flag()},
     }
     return validate(ModelConfig, data, f"random model {seed}")
+
+
+def random_family_model(seed: int) -> ModelConfig:
+    """A small model of the components that later families brought: latent and sparse attention, windows and chunks,
+    QK norms per head, routers with a bias, shared gates, branches, weightless norms, prediction modules."""
+    rng = random.Random(1000 + seed)
+
+    def flag() -> bool:
+        return rng.random() < 0.5
+
+    def norm() -> dict[str, Any]:
+        return rng.choice(
+            [{"kind": "rmsnorm", "weight": w} for w in ("one", "one_plus", "none")] + [{"kind": "layernorm"}]
+        )
+
+    def dense(kind: str = "swiglu") -> dict[str, Any]:
+        return {"kind": kind, "d_ff": rng.choice([24, 40])}
+
+    def moe() -> dict[str, Any]:
+        router: dict[str, Any] = {"score": "sigmoid", "bias": flag(), "weigh": rng.choice(["input", "output"])}
+        if flag():
+            router["groups"] = {"count": 2, "keep": 1}
+        shared = {"shared": dense("gelu"), "shared_gate": flag()} if flag() else {}
+        top_k = rng.choice([1, 2])
+        return {"kind": "moe", "experts": 4, "top_k": top_k, "expert": dense(), "router": router, **shared}
+
+    def latent() -> dict[str, Any]:
+        a = {"kind": "mla", "heads": 2, "q_rank": rng.choice([None, 6]), "kv_rank": 5, "nope_dim": 6, "rope_dim": 4}
+        if a["q_rank"] is not None and flag():
+            a["indexer"] = {"heads": 3, "head_dim": rng.choice([4, 8]), "top_k": rng.choice([2, 4])}
+        return {**a, "value_dim": rng.choice([7, 9])}
+
+    def grouped() -> dict[str, Any]:
+        a = {"heads": 4, "kv_heads": rng.choice([1, 2]), "head_dim": 4, rng.choice(["window", "chunk"]): 3}
+        if flag():
+            a |= {"qk_norm": norm(), "qk_norm_weights": rng.choice(["shared", "per_head"])}
+        return a
+
+    sequential = flag()
+    block: dict[str, Any] = {"mlp": moe(), **({"branch": moe()} if sequential else {})}
+    data = {
+        "vocab_size": 32,
+        "d_model": 16,
+        "max_seq_len": 24,
+        "segments": [{"repeat": 2}, {"repeat": rng.choice([1, 3]), "unit": [{}, block]}],
+        "attention": latent() if flag() else grouped(),
+        "position": {"kind": "rope", "layout": rng.choice(["half", "interleaved"])},
+        "mlp": dense(),
+        "norm": norm(),
+        "residual": "sequential" if sequential else "parallel",
+        "head": {"tied": flag()},
+        "mtp": rng.choice([0, 1, 2]),
+    }
+    return validate(ModelConfig, data, f"random family model {seed}")

@@ -8,64 +8,139 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llamax.accounting import count_params, forward_flops_by_component, training_flops_per_token
+from llamax.accounting import (
+    count_params,
+    decode_flops_per_token,
+    forward_flops_by_component,
+    training_flops_per_token,
+)
 from llamax.accounting.flops import visible_keys
-from llamax.config.components import MoeMlp
+from llamax.config.components import LatentAttention, MoeMlp
 from llamax.config.load import load_model, validate
-from llamax.config.model import ModelConfig
+from llamax.config.model import Block, ModelConfig
 
-from .random_models import random_model
+from .random_models import random_family_model, random_model
 
 
 def brute_force(model: ModelConfig, seq_len: int, causal: bool) -> float:
     """Multiplies and adds of every weight matmul and every (query, key) pair of one sequence, counted one by one."""
-    total = 0
-    for block in model.layers:
-        a, mlp = block.attention, block.mlp
-        matrices = [(model.d_model, a.heads * a.head_dim), (a.heads * a.head_dim, model.d_model)]
-        matrices += 2 * [(model.d_model, a.kv_heads * a.head_dim)]
+    head = 2 * seq_len * model.d_model * model.vocab_size
+    total = sum(brute_block(block, model.d_model, seq_len, causal) for block in model.layers) + head
+    projection = 2 * seq_len * (2 * model.d_model) * model.d_model
+    return total + model.mtp * (projection + brute_block(model.layers[-1], model.d_model, seq_len, causal) + head)
+
+
+def brute_block(block: Block, d: int, seq_len: int, causal: bool) -> float:
+    total = sum(2 * seq_len * rows * columns for rows, columns in matrices(block, d))
+    for query in range(seq_len):
+        seen, indexed = brute_keys(block, query, seq_len, causal)
+        total += 2 * seen * sum(pair_widths(block)) + indexed * index_width(block)
+    return total
+
+
+def matrices(block: Block, d: int) -> list[tuple[int, int]]:
+    """(inputs, outputs) of every matrix one token of this block is multiplied by."""
+    a = block.attention
+    if isinstance(a, LatentAttention):
+        found = [(d, a.kv_rank + a.rope_dim), (a.kv_rank, a.heads * (a.nope_dim + a.value_dim))]
+        found += [(a.heads * a.value_dim, d)]
+        found += [(d, a.q_rank), (a.q_rank, a.heads * a.head_dim)] if a.q_rank else [(d, a.heads * a.head_dim)]
+        if a.indexer:
+            found += [(a.q_rank or 0, a.indexer.heads * a.indexer.head_dim), (d, a.indexer.head_dim)]
+            found += [(d, a.indexer.heads)]
+    else:
+        found = [(d, a.heads * a.head_dim), (a.heads * a.head_dim, d), *2 * [(d, a.kv_heads * a.head_dim)]]
+    for mlp in [block.mlp, *([block.branch] if block.branch else [])]:
         dense = [mlp]
         if isinstance(mlp, MoeMlp):
-            matrices.append((model.d_model, mlp.experts))
+            found.append((d, mlp.experts))
             dense = mlp.top_k * [mlp.expert] + ([mlp.shared] if mlp.shared else [])
+            found += [(d, 1)] if mlp.shared_gate else []
         for m in dense:
-            matrices += (3 if m.kind.endswith("glu") else 2) * [(model.d_model, m.d_ff)]
-        total += sum(2 * seq_len * rows * columns for rows, columns in matrices)
-        for query in range(seq_len):
-            for key in range(seq_len):
-                near = a.window is None or abs(query - key) < a.window
-                if causal and query >= key and near:
-                    total += 2 * (2 * a.heads * a.head_dim)
-        if not causal:
-            total += 2 * (2 * a.heads * a.head_dim) * seq_len * min(seq_len, a.window or seq_len)
-    return total + 2 * seq_len * model.d_model * model.vocab_size
+            found += (3 if m.kind.endswith("glu") else 2) * [(d, m.d_ff)]
+    return found
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_causal_is_three_passes_of_the_brute_force_count(seed: int) -> None:
-    model, seq_len = random_model(seed), 7
-    causal = training_flops_per_token(model, seq_len)["causal"]
-    assert causal * seq_len == pytest.approx(3 * brute_force(model, seq_len, True))
-    assert causal == 3 * sum(forward_flops_by_component(model, seq_len).values())
+def brute_keys(block: Block, query: int, seq_len: int, causal: bool) -> tuple[int, int]:
+    """(keys this query attends to, keys an indexer scores for it), counted one key at a time where it is causal."""
+    a = block.attention
+    top_k = a.indexer.top_k if isinstance(a, LatentAttention) and a.indexer else seq_len
+    window, chunk = (None, None) if isinstance(a, LatentAttention) else (a.window, a.chunk)
+    if not causal:
+        return min(seq_len, window or seq_len, chunk or seq_len, top_k), seq_len
+    seen = 0
+    for key in range(query + 1):
+        near = window is None or query - key < window
+        same = chunk is None or query // chunk == key // chunk
+        seen += near and same
+    return min(seen, top_k), query + 1
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_chinchilla_is_the_full_count_with_lookup_and_softmax(seed: int) -> None:
-    model, seq_len = random_model(seed), 7
-    lookup = 2 * model.vocab_size * model.d_model * seq_len
-    softmax = sum(3 * b.attention.heads * min(seq_len, b.attention.window or seq_len) * seq_len for b in model.layers)
-    expected = 3 * (brute_force(model, seq_len, False) + lookup + softmax)
-    assert training_flops_per_token(model, seq_len)["chinchilla"] * seq_len == pytest.approx(expected)
+def pair_widths(block: Block) -> tuple[int, int]:
+    """Multiply-adds a (query, key) pair: of the scores, and of the values."""
+    a = block.attention
+    return a.heads * a.head_dim, a.heads * a.value_dim
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_palm_adds_twelve_l_h_q_t_to_six_n(seed: int) -> None:
-    model, seq_len = random_model(seed), 7
-    layers = [block.attention for block in model.layers]
-    attention = sum(12 * a.heads * a.head_dim * min(seq_len, a.window or seq_len) for a in layers)
-    flops = training_flops_per_token(model, seq_len)
+def index_width(block: Block) -> int:
+    """FLOPs of one index score: a product a head, and the sum of the heads by weight."""
+    a = block.attention
+    return 2 * a.indexer.heads * (a.indexer.head_dim + 1) if isinstance(a, LatentAttention) and a.indexer else 0
+
+
+MODELS = [random_model(seed) for seed in range(12)] + [random_family_model(seed) for seed in range(24)]
+
+
+def test_the_random_models_have_every_component() -> None:
+    layers = [block for model in MODELS for block in model.layers]
+    latent = [b.attention for b in layers if isinstance(b.attention, LatentAttention)]
+    assert {a.q_rank is None for a in latent} == {a.indexer is None for a in latent} == {True, False}
+    assert any(getattr(b.attention, "chunk", None) for b in layers)
+    assert any(b.branch for b in layers)
+    assert any(isinstance(b.mlp, MoeMlp) and b.mlp.shared_gate for b in layers)
+    assert any(model.mtp for model in MODELS)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: f"{MODELS.index(model)}")
+def test_causal_is_three_passes_of_the_brute_force_count(model: ModelConfig) -> None:
+    causal = training_flops_per_token(model, 7)["causal"]
+    assert causal * 7 == pytest.approx(3 * brute_force(model, 7, True))
+    assert causal == 3 * sum(forward_flops_by_component(model, 7).values())
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: f"{MODELS.index(model)}")
+def test_chinchilla_is_the_full_count_with_lookup_and_softmax(model: ModelConfig) -> None:
+    lookup = 2 * model.vocab_size * model.d_model * 7
+    layers = [*model.layers, *model.mtp * [model.layers[-1]]]
+    softmax = sum(3 * b.attention.heads * 7 * brute_keys(b, 0, 7, False)[0] for b in layers)
+    expected = 3 * (brute_force(model, 7, False) + lookup + softmax)
+    assert training_flops_per_token(model, 7)["chinchilla"] * 7 == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: f"{MODELS.index(model)}")
+def test_palm_adds_the_pairs_of_every_layer_to_six_n(model: ModelConfig) -> None:
+    """12 heads x head_dim x keys where a value is as wide as a key; index scores where there is an indexer."""
+    pairs = 0
+    for block in model.layers:
+        seen, indexed = brute_keys(block, 0, 7, False)
+        pairs += 6 * seen * sum(pair_widths(block)) + 3 * indexed * index_width(block)
+    flops = training_flops_per_token(model, 7)
     assert flops["6n"] == 6 * count_params(model).active_matmul
-    assert flops["palm"] == flops["6n"] + attention
+    assert flops["palm"] == flops["6n"] + pairs
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: f"{MODELS.index(model)}")
+def test_decoding_costs_the_last_row_of_the_forward_pass(model: ModelConfig) -> None:
+    """The absorbed form exchanges the widths of a pair, head_dim for kv_rank + rope_dim and value_dim for kv_rank."""
+    expected = 2 * model.d_model * model.vocab_size
+    for block in model.layers:
+        a, (seen, indexed) = block.attention, brute_keys(block, 6, 7, True)
+        widths = sum(pair_widths(block))
+        if isinstance(a, LatentAttention):
+            widths = a.heads * (a.kv_rank + a.rope_dim + a.kv_rank)
+        expected += sum(2 * rows * columns for rows, columns in matrices(block, model.d_model))
+        expected += 2 * seen * widths + indexed * index_width(block)
+    assert sum(decode_flops_per_token(model, 7).values()) == expected
 
 
 # layers, d_model, d_ff, heads, key size, parameters, F / 6ND: Table A4 of arXiv:2203.15556, parameters of Table A9.
@@ -99,6 +174,13 @@ def test_visible_keys_of_a_window() -> None:
     assert visible_keys(8, 100) == 4.5
     assert visible_keys(8, 1) == 1
     assert visible_keys(8, 3) == (1 + 2 + 6 * 3) / 8
+
+
+def test_visible_keys_of_a_chunk() -> None:
+    assert visible_keys(8, None, 100) == 4.5
+    assert visible_keys(8, None, 4) == 2.5
+    assert visible_keys(8, None, 3) == (1 + 2 + 3 + 1 + 2 + 3 + 1 + 2) / 8
+    assert visible_keys(4, 2, 3) == (1 + 2 + 2 + 1) / 4
 
 
 def test_conventions_order_on_a_real_model() -> None:
