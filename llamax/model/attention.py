@@ -8,13 +8,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from llamax.config.components import GroupedQueryAttention, Init, Position
+from llamax.config.components import GroupedQueryAttention, Init, Position, Rope
 from llamax.model.execution import Execution
 from llamax.model.linear import contract, parameter, weight
 from llamax.model.norm import Normalize
-from llamax.model.position import alibi_slopes, logit_scale, rotate
+from llamax.model.position import alibi_slopes, logit_scale, query_temperature, rotate
+from llamax.model.statistics import Statistics
 
 
 class Logits(NamedTuple):
@@ -24,51 +25,82 @@ class Logits(NamedTuple):
     softcap: float | None = None
     window: int | None = None
     slopes: tuple[float, ...] | None = None
+    chunk: int | None = None
+
+
+class Sight(NamedTuple):
+    """What decides which query sees which key. All None: one document a row, queries and keys at positions 0, 1, ...
+
+    `queries` and `keys` are positions (a key that must not be seen, such as an empty cache slot, has one after every
+    query's); `segments` are document ids where queries and keys are the same tokens; `selected` keeps some of the keys
+    that are visible otherwise (sparse attention).
+    """
+
+    queries: Int[Array, "batch queries"] | None = None
+    keys: Int[Array, "batch keys"] | None = None
+    segments: Int[Array, "batch seq"] | None = None
+    selected: Bool[Array, "batch queries keys"] | None = None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def attend(
-    q: Float[Array, "batch seq heads head_dim"],
-    k: Float[Array, "batch seq kv_heads head_dim"],
-    v: Float[Array, "batch seq kv_heads head_dim"],
-    segments: Int[Array, "batch seq"] | None,
+    q: Float[Array, "batch queries heads head_dim"],
+    k: Float[Array, "batch keys kv_heads head_dim"],
+    v: Float[Array, "batch keys kv_heads value_dim"],
+    sight: Sight,
     logits: Logits,
     compute: str,
-) -> Float[Array, "batch seq heads head_dim"]:
+) -> Float[Array, "batch queries heads value_dim"]:
     """softmax(mask(cap(scale q k^T) + alibi)) v, the softmax in float32.
 
-    Query t attends to keys s with 0 <= t - s < window, and of its own segment where `segments` is given. kv head j
-    serves query heads j g .. (j + 1) g - 1. The backward rule is explicit: it multiplies in `compute` with float32
-    accumulation and avoids the masks and reductions autodiff leaves behind.
+    A query at position t sees keys at s with 0 <= t - s < window, in its own chunk of positions, and what `sight`
+    leaves of them. kv head j serves query heads j g .. (j + 1) g - 1. The backward rule is explicit: it multiplies in
+    `compute` with float32 accumulation and avoids the masks and reductions autodiff leaves behind.
     """
-    return _attend(q, k, v, segments, logits, compute)[0]
+    return _attend(q, k, v, sight, logits, compute)[0]
 
 
 def _attend(
-    q: Array, k: Array, v: Array, segments: Array | None, logits: Logits, compute: str
+    q: Array, k: Array, v: Array, sight: Sight, logits: Logits, compute: str
 ) -> tuple[Array, tuple[Array, ...]]:
-    batch, seq, heads, dim = q.shape
-    grouped = q.reshape(batch, seq, k.shape[2], heads // k.shape[2], dim) * logits.scale  # smaller than the scores
+    batch, queries, heads, dim = q.shape
+    grouped = q.reshape(batch, queries, k.shape[2], heads // k.shape[2], dim) * logits.scale  # smaller than the scores
     scores = _einsum("btjgd,bsjd->bjgts", grouped, k, compute)
     slope: tuple[Array, ...] = ()
     if logits.softcap is not None:
         tanh = jnp.tanh(scores / logits.softcap)
         scores, slope = logits.softcap * tanh, (1 - tanh * tanh,)
-    p = jax.nn.softmax(scores + _bias(seq, k.shape[2], segments, logits), axis=-1)
-    out = _einsum("bjgts,bsjd->btjgd", p, v, compute).reshape(q.shape).astype(q.dtype)
+    p = jax.nn.softmax(scores + _bias(queries, k, sight, logits), axis=-1)
+    out = _einsum("bjgts,bsjd->btjgd", p, v, compute).reshape(batch, queries, heads, -1).astype(q.dtype)
     return out, (p.astype(jnp.dtype(compute)), *slope)
 
 
-def _bias(seq: int, kv_heads: int, segments: Array | None, logits: Logits) -> Array:
-    """ALiBi and the mask, [1 or batch, kv_heads or 1, group or 1, seq, seq]; masked entries are very negative."""
-    distance = jnp.arange(seq)[:, None] - jnp.arange(seq)[None, :]
-    keep = (distance >= 0) if logits.window is None else (distance >= 0) & (distance < logits.window)
-    keep = keep[None, None, None]
-    if segments is not None:
-        keep = keep & (segments[:, :, None] == segments[:, None, :])[:, None, None]
+def visible(
+    queries: int, keys: int, sight: Sight, window: int | None = None, chunk: int | None = None
+) -> tuple[Bool[Array, "#rows queries keys"], Int[Array, "#rows queries keys"]]:
+    """(whether each of `queries` sees each of `keys`, how far back the key is); one row where all rows are alike."""
+    # Positions that are not given are constants, so that the mask of training is one too.
+    t = jnp.arange(queries)[None] if sight.queries is None else sight.queries
+    s = jnp.arange(keys)[None] if sight.keys is None else sight.keys
+    distance = t[:, :, None] - s[:, None, :]
+    keep = distance >= 0
+    if window is not None:
+        keep = keep & (distance < window)
+    if chunk is not None:
+        keep = keep & (t[:, :, None] // chunk == s[:, None, :] // chunk)
+    if sight.segments is not None:
+        keep = keep & (sight.segments[:, :, None] == sight.segments[:, None, :])
+    if sight.selected is not None:
+        keep = keep & sight.selected
+    return keep, distance
+
+
+def _bias(queries: int, k: Array, sight: Sight, logits: Logits) -> Array:
+    """ALiBi and the mask, [1 or batch, kv_heads or 1, group or 1, queries, keys]; masked entries very negative."""
+    keep, distance = (x[:, None, None] for x in visible(queries, k.shape[1], sight, logits.window, logits.chunk))
     bias = jnp.where(keep, 0.0, -1e30)
     if logits.slopes is not None:
-        slopes = jnp.asarray(logits.slopes, jnp.float32).reshape(1, kv_heads, -1, 1, 1)
+        slopes = jnp.asarray(logits.slopes, jnp.float32).reshape(1, k.shape[2], -1, 1, 1)
         bias = bias - slopes * distance
     return bias
 
@@ -78,15 +110,15 @@ def _einsum(spec: str, a: Array, b: Array, compute: str) -> Array:
     return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
 
 
-def _attend_forward(q, k, v, segments, logits, compute):  # type: ignore[no-untyped-def]
-    out, saved = _attend(q, k, v, segments, logits, compute)
+def _attend_forward(q, k, v, sight, logits, compute):  # type: ignore[no-untyped-def]
+    out, saved = _attend(q, k, v, sight, logits, compute)
     return out, (q, k, v, *saved)
 
 
 def _attend_backward(logits, compute, saved, g):  # type: ignore[no-untyped-def]
     q, k, v, p, *slope = saved
-    batch, seq, heads, dim = q.shape
-    grouped = (batch, seq, k.shape[2], heads // k.shape[2], dim)
+    batch, queries, heads, _ = q.shape
+    grouped = (batch, queries, k.shape[2], heads // k.shape[2], -1)
     q5, g5 = q.reshape(grouped), g.reshape(grouped)
     dv = _einsum("bjgts,btjgd->bsjd", p, g5, compute)
     dp = _einsum("btjgd,bsjd->bjgts", g5, v, compute)
@@ -103,7 +135,7 @@ attend.defvjp(_attend_forward, _attend_backward)
 
 
 class SelfAttention(nnx.Module):
-    """Grouped-query attention with its projections (arXiv:1706.03762, 2305.13245)."""
+    """Grouped-query attention with its projections (arXiv:1706.03762, 2305.13245); the config says the rest."""
 
     def __init__(
         self,
@@ -128,9 +160,12 @@ class SelfAttention(nnx.Module):
             self.value_bias = parameter(jnp.zeros((kv_heads, dim)), ("kv_heads", "head_dim"), "bias")
         if config.out_bias:
             self.out_bias = parameter(jnp.zeros(d_model), ("embed",), "bias")
-        if config.qk_norm is not None:
-            self.query_norm = Normalize(config.qk_norm, dim, "head_dim")
-            self.key_norm = Normalize(config.qk_norm, dim, "head_dim")
+        if config.qk_norm is not None and config.qk_norm_weights == "shared":
+            self.query_norm = Normalize(config.qk_norm, dim, ("head_dim",))
+            self.key_norm = Normalize(config.qk_norm, dim, ("head_dim",))
+        elif config.qk_norm is not None:
+            self.query_norm = Normalize(config.qk_norm, (heads, dim), ("heads", "head_dim"))
+            self.key_norm = Normalize(config.qk_norm, (kv_heads, dim), ("kv_heads", "head_dim"))
 
     @property
     def logits(self) -> Logits:
@@ -138,7 +173,7 @@ class SelfAttention(nnx.Module):
         config = self.config
         slopes = tuple(alibi_slopes(config.heads).tolist()) if self.position.kind == "alibi" else None
         scale = config.scale if config.scale is not None else logit_scale(self.position, config.head_dim)
-        return Logits(scale, config.softcap, config.window, slopes)
+        return Logits(scale, config.softcap, config.window, slopes, config.chunk)
 
     def __call__(
         self,
@@ -146,17 +181,33 @@ class SelfAttention(nnx.Module):
         table: Float[Array, "2 seq half"] | None,
         segments: Int[Array, "batch seq"] | None,
         execution: Execution,
-    ) -> Float[Array, "batch seq d_model"]:
-        """Attention output before it joins the residual stream; `table`: the rotary table, or None."""
+    ) -> tuple[Float[Array, "batch seq d_model"], Statistics]:
+        """(attention output before it joins the residual stream, no statistics); `table`: the rotary table or None."""
+        q, k, v = self._project(x, table, jnp.arange(x.shape[1]), execution)
+        return self._out(attend(q, k, v, Sight(segments=segments), self.logits, execution.compute), execution), {}
+
+    def _project(
+        self, x: Array, table: Array | None, positions: Array, execution: Execution
+    ) -> tuple[Array, Array, Array]:
+        """Queries, keys and values of x, ready to attend; `positions` [seq] or [batch, seq]."""
+        config = self.config
         q, k, v = (contract(x, w[...], 1, execution.compute) for w in (self.query, self.key, self.value))
-        if self.config.qkv_bias:
+        if config.qkv_bias:
             q, k, v = (
                 y + b.astype(y.dtype) for y, b in ((q, self.query_bias), (k, self.key_bias), (v, self.value_bias))
             )
-        if self.config.qk_norm is not None:
+        if config.clip is not None:
+            q, k, v = (jnp.clip(y, -config.clip, config.clip) for y in (q, k, v))
+        if config.qk_norm is not None and config.qk_norm_place == "before":
             q, k = self.query_norm(q), self.key_norm(k)
-        if table is not None:
-            q, k = rotate(q, table), rotate(k, table)
-        y = attend(q, k, v, segments, self.logits, execution.compute)
+        if isinstance(self.position, Rope) and table is not None:
+            q, k = rotate(q, table, self.position.layout), rotate(k, table, self.position.layout)
+        if config.qk_norm is not None and config.qk_norm_place == "after":
+            q, k = self.query_norm(q), self.key_norm(k)
+        if config.temperature is not None:
+            q = q * query_temperature(config.temperature, positions)[..., None, None].astype(q.dtype)
+        return q, k, v
+
+    def _out(self, y: Array, execution: Execution) -> Array:
         out = contract(y, self.out[...], 2, execution.compute)
         return out + self.out_bias.astype(out.dtype) if self.config.out_bias else out

@@ -4,11 +4,16 @@ pre, sequential                             pre, parallel             sandwich (
 x ──┬─ norm ─ attn ─ + ─┬─ norm ─ mlp ─ +   x ─┬─ norm ─┬─ attn ─ +   x ─┬─ norm ─ f ─ norm ─ +   x ─┬─ f ─ + ─ norm
     └────────────────┘  └───────────────┘      │        └─ mlp ── +      └────────────────────┘      └──────┘
                                                └───────────────── ┘
+with a branch (Snowflake Arctic)
+x ─┬┬─ norm ─ attn ─ + ─┬─ norm ─ mlp ─ + ─ +
+   │└────────────────┘  └───────────────┘   │
+   └─ norm ─ moe ───────────────────────────┘
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -19,11 +24,16 @@ from llamax.config.model import Block
 from llamax.model.attention import SelfAttention
 from llamax.model.execution import Execution
 from llamax.model.linear import residual_gain
+from llamax.model.mla import MultiHeadLatentAttention
 from llamax.model.mlp import FeedForward
 from llamax.model.moe import MixtureOfExperts
 from llamax.model.norm import Normalize
+from llamax.model.statistics import Statistics
 
-Statistics = dict[str, Float[Array, ""]]
+Aside = TypeVar("Aside")
+
+
+ATTENTIONS: dict[str, Any] = {"gqa": SelfAttention, "mla": MultiHeadLatentAttention}  # by the config's kind
 
 
 class DecoderBlock(nnx.Module):
@@ -35,7 +45,9 @@ class DecoderBlock(nnx.Module):
         keys = jax.random.split(key)
         gain = residual_gain(init, layer, layers)
         self.config = config
-        self.attention = SelfAttention(config.attention, config.position, d_model, init, gain, key=keys[0])
+        self.attention: SelfAttention | MultiHeadLatentAttention = ATTENTIONS[config.attention.kind](
+            config.attention, config.position, d_model, init, gain, key=keys[0]
+        )
         if isinstance(config.mlp, MoeMlp):
             self.mlp: MixtureOfExperts | FeedForward = MixtureOfExperts(config.mlp, d_model, init, gain, key=keys[1])
         else:
@@ -46,6 +58,10 @@ class DecoderBlock(nnx.Module):
         if config.placement == "sandwich":
             self.attention_out_norm = Normalize(config.norm, d_model)
             self.mlp_out_norm = Normalize(config.norm, d_model)
+        if config.branch is not None:
+            # A key of its own, so that a block with a branch otherwise starts as one without.
+            self.branch = MixtureOfExperts(config.branch, d_model, init, gain, key=jax.random.fold_in(keys[1], 1))
+            self.branch_norm = Normalize(config.norm, d_model)
 
     def __call__(
         self,
@@ -54,26 +70,40 @@ class DecoderBlock(nnx.Module):
         segments: Int[Array, "batch seq"] | None,
         execution: Execution,
     ) -> tuple[Float[Array, "batch seq d_model"], Statistics]:
-        """(the residual stream after this block, router statistics or an empty dict)."""
+        """(the residual stream after this block, what its parts report by part: attention, mlp, branch)."""
+        out, statistics, parts = self._around(x, lambda y: self.attention(y, table, segments, execution), execution)
+        return out, {"attention": statistics, **parts} if statistics else parts
 
-        def attention(y: Array) -> tuple[Array, Statistics]:
-            return self.attention(y, table, segments, execution), {}
+    def _around(
+        self, x: Array, attention: Callable[[Array], tuple[Array, Aside]], execution: Execution
+    ) -> tuple[Array, Aside, Statistics]:
+        """(the stream after this block, what `attention` gave besides its output, statistics of the other parts)."""
+        found: Statistics = {}
 
-        def mlp(y: Array) -> tuple[Array, Statistics]:
-            return self.mlp(y, execution) if isinstance(self.mlp, MixtureOfExperts) else (self.mlp(y, execution), {})
+        def mlp(y: Array) -> Array:
+            return _feed("mlp", self.mlp, y, execution, found)
 
         if self.config.residual == "parallel":
             y = self.attention_norm(x)
-            a, m = attention(y)[0], mlp(y)
-            return x + a + m[0], m[1]
-        x, _ = self._sublayer(x, attention, self.attention_norm, getattr(self, "attention_out_norm", None))
-        return self._sublayer(x, mlp, self.mlp_norm, getattr(self, "mlp_out_norm", None))
-
-    def _sublayer(
-        self, x: Array, f: Callable[[Array], tuple[Array, Statistics]], norm: Normalize, out_norm: Normalize | None
-    ) -> tuple[Array, Statistics]:
+            a, aside = attention(y)
+            return x + a + mlp(y), aside, found
         if self.config.placement == "post":
-            y, statistics = f(x)
-            return norm(x + y), statistics
-        y, statistics = f(norm(x))
-        return x + (y if out_norm is None else out_norm(y)), statistics
+            a, aside = attention(x)
+            y = self.attention_norm(x + a)
+            return self.mlp_norm(y + mlp(y)), aside, found
+        sandwich = self.config.placement == "sandwich"
+        a, aside = attention(self.attention_norm(x))
+        y = x + (self.attention_out_norm(a) if sandwich else a)
+        m = mlp(self.mlp_norm(y))
+        out = y + (self.mlp_out_norm(m) if sandwich else m)
+        if self.config.branch is not None:
+            out = out + _feed("branch", self.branch, self.branch_norm(x), execution, found)
+        return out, aside, found
+
+
+def _feed(name: str, part: FeedForward | MixtureOfExperts, x: Array, execution: Execution, found: Statistics) -> Array:
+    """The output of a feed-forward part; what a mixture reports goes into `found` under `name`."""
+    if isinstance(part, FeedForward):
+        return part(x, execution)
+    out, found[name] = part(x, execution)
+    return out

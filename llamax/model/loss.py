@@ -12,7 +12,7 @@ from llamax.model.execution import Execution
 from llamax.model.transformer import Transformer
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
 def cross_entropy(
     x: Float[Array, "batch seq d_model"],
     w: Float[Array, "d_model vocab"],
@@ -23,17 +23,20 @@ def cross_entropy(
     softcap: float | None,
     chunk: int,
     compute: str,
+    scale: float | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(sum of weighted -log p, sum of weighted z_loss x log(Z)^2), in nats, `chunk` positions of logits at a time.
+
+    Logits are (x w + bias) scale, capped at softcap tanh(logit / softcap).
 
     z-loss is PaLM's (arXiv:2204.02311). Differentiated, the gradients of x, w and bias are formed in the same pass over
     the chunks, so logits are computed once and never stored: differentiate the sum of the two, never one alone.
     """
-    sums, _ = _scan(x, w, bias, targets, weights, z_loss, softcap, chunk, compute, gradients=False)
+    sums, _ = _scan(x, w, bias, targets, weights, z_loss, softcap, chunk, compute, scale, gradients=False)
     return sums
 
 
-def _scan(x, w, bias, targets, weights, z_loss, softcap, chunk, compute, gradients):  # type: ignore[no-untyped-def]
+def _scan(x, w, bias, targets, weights, z_loss, softcap, chunk, compute, scale, gradients):  # type: ignore[no-untyped-def]
     batch, seq, d = x.shape
     parts = seq // chunk
 
@@ -48,6 +51,7 @@ def _scan(x, w, bias, targets, weights, z_loss, softcap, chunk, compute, gradien
         x_c, t_c, m_c = part
         logits = jnp.einsum("bsd,dv->bsv", x_c.astype(dtype), w, preferred_element_type=jnp.float32)
         logits = logits if bias is None else logits + bias
+        logits = logits if scale is None else logits * scale
         tanh = None if softcap is None else jnp.tanh(logits / softcap)
         logits = logits if tanh is None else softcap * tanh
         top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
@@ -61,6 +65,7 @@ def _scan(x, w, bias, targets, weights, z_loss, softcap, chunk, compute, gradien
             return (sums, dw, db), None
         g = (e / total) * (m_c * (1.0 + 2.0 * z_loss * log_z))[..., None] - jnp.where(hit, m_c[..., None], 0.0)
         g = g if tanh is None else g * (1.0 - tanh * tanh)
+        g = g if scale is None else g * scale
         db = db if db is None else db + g.sum((0, 1))
         g = g.astype(dtype)
         dw = dw + jnp.einsum("bsd,bsv->dv", x_c.astype(dtype), g, preferred_element_type=jnp.float32)
@@ -81,11 +86,11 @@ def _scan(x, w, bias, targets, weights, z_loss, softcap, chunk, compute, gradien
     return sums, (dx, dw, db)
 
 
-def _forward(x, w, bias, targets, weights, z_loss, softcap, chunk, compute):  # type: ignore[no-untyped-def]
-    return _scan(x, w, bias, targets, weights, z_loss, softcap, chunk, compute, gradients=True)
+def _forward(x, w, bias, targets, weights, z_loss, softcap, chunk, compute, scale):  # type: ignore[no-untyped-def]
+    return _scan(x, w, bias, targets, weights, z_loss, softcap, chunk, compute, scale, gradients=True)
 
 
-def _backward(softcap, chunk, compute, saved, g):  # type: ignore[no-untyped-def]
+def _backward(softcap, chunk, compute, scale, saved, g):  # type: ignore[no-untyped-def]
     # The saved gradients are of nll + z together: the two sums are always added with equal weight.
     dx, dw, db = saved
     return ((dx * g[0]).astype(dx.dtype), dw * g[0], None if db is None else db * g[0], None, None, None)
@@ -120,9 +125,23 @@ def next_token_loss(
         mask = mask * (segments[:, 1:] == segments[:, :-1])
         segments = segments[:, :-1]
     x, statistics = model.features(inputs, segments, execution)
-    bias = model.head_bias[...] if model.config.head.bias else None
-    chunk = chunk_length(inputs.shape[1], inputs.shape[0], loss_chunk)
-    nats, z = cross_entropy(
-        x, model.head_weight, bias, targets, mask, z_loss, model.config.head.softcap, chunk, execution.compute
-    )
+    nats, z = head_loss(model, x, targets, mask, z_loss, loss_chunk, execution)
     return nats, z, mask.sum(), statistics
+
+
+def head_loss(
+    model: Transformer,
+    x: Float[Array, "batch seq d_model"],
+    targets: Int[Array, "batch seq"],
+    weights: Float[Array, "batch seq"],
+    z_loss: Float[Array, ""],
+    loss_chunk: int | None,
+    execution: Execution,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """`cross_entropy` of the model's head on a normed stream x."""
+    head = model.config.head
+    bias = model.head_bias[...] if head.bias else None
+    chunk = chunk_length(x.shape[1], x.shape[0], loss_chunk)
+    return cross_entropy(
+        x, model.head_weight, bias, targets, weights, z_loss, head.softcap, chunk, execution.compute, head.scale
+    )

@@ -6,15 +6,25 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from llamax.config.components import Rope, RopeLinear, RopeLlama3, RopeYarn
+from llamax.config.components import (
+    Rope,
+    RopeLinear,
+    RopeLlama3,
+    RopeLongrope,
+    RopeYarn,
+    RotaryLayout,
+    Temperature,
+)
 
 
-def inverse_frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
-    """Angular frequencies [rotary_dim / 2] in radians a token, and the factor on cos and sin (1 except for YaRN).
+def inverse_frequencies(rope: Rope, head_dim: int, length: int = 0) -> tuple[np.ndarray, float]:
+    """Angular frequencies [rotary_dim / 2] in radians a token, and the factor on cos and sin (YaRN, LongRoPE; else 1).
 
-    Sources: arXiv:2104.09864 (RoPE), 2306.15595 (linear), Llama 3.1's reference code (llama3), 2309.00071 (YaRN).
+    `length` is the whole sequence's, prompt and continuation: LongRoPE has other factors for long sequences.
+    Sources: arXiv:2104.09864 (RoPE), 2306.15595 (linear), Llama 3.1's reference code (llama3), 2309.00071 (YaRN),
+    2402.13753 and Phi-3's code (LongRoPE).
     """
     dim = int(head_dim * rope.fraction)
     freqs = rope.theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
@@ -25,6 +35,9 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
             return _llama3(freqs, s), 1.0
         case RopeYarn() as s:
             return _yarn(freqs, rope.theta, dim, s)
+        case RopeLongrope() as s:
+            factors = np.asarray(s.long if length > s.original_max_len else s.short)
+            return freqs / factors, math.sqrt(1 + math.log(s.factor) / math.log(s.original_max_len))
     return freqs, 1.0
 
 
@@ -63,21 +76,40 @@ def logit_scale(rope: object, head_dim: int) -> float:
     return head_dim**-0.5
 
 
-def rotary_table(rope: Rope, head_dim: int, length: int) -> Float[np.ndarray, "2 length half"]:
-    """cos and sin [2, length, rotary_dim / 2] for positions 0 .. length - 1, float32."""
-    freqs, factor = inverse_frequencies(rope, head_dim)
+def rotary_table(
+    rope: Rope, head_dim: int, length: int, planned: int | None = None
+) -> Float[np.ndarray, "2 length half"]:
+    """cos and sin [2, length, rotary_dim / 2] for positions 0 .. length - 1, float32.
+
+    `planned`: the whole sequence's length where that is not `length` (see `inverse_frequencies`).
+    """
+    freqs, factor = inverse_frequencies(rope, head_dim, length if planned is None else planned)
     angles = np.arange(length, dtype=np.float64)[:, None] * freqs
     return np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32) * np.float32(factor)
 
 
 def rotate(
-    x: Float[Array, "batch seq heads head_dim"], table: Float[Array, "2 seq half"]
+    x: Float[Array, "batch seq heads head_dim"], table: Float[Array, "2 *where half"], layout: RotaryLayout = "half"
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """x with its first 2 x half dimensions rotated, half-split layout (dimension i pairs with i + half)."""
+    """x with its first 2 x half dimensions rotated, the rest as it was.
+
+    `table` is [2, seq, half], or [2, batch, seq, half] where rows are at different positions. Dimension i turns with
+    i + half, or 2i with 2i + 1 where the layout is interleaved.
+    """
     half = table.shape[-1]
-    cos, sin = (t[None, :, None, :].astype(x.dtype) for t in table)
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    cos, sin = (t[..., None, :].astype(x.dtype) for t in table)
+    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
+    if layout == "interleaved":
+        pairs = turned.reshape(*x.shape[:-1], half, 2)
+        a, b = pairs[..., 0], pairs[..., 1]
+        return jnp.concatenate([jnp.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(turned.shape), rest], -1)
+    a, b = turned[..., :half], turned[..., half:]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+
+
+def query_temperature(config: Temperature, positions: Int[Array, "*where"]) -> Float[Array, "*where"]:
+    """Llama 4's factor on the query at each position: 1 up to `floor`, then a little more every `floor` tokens."""
+    return 1.0 + config.scale * jnp.log1p(((positions + 1) // config.floor).astype(jnp.float32))
 
 
 def alibi_slopes(heads: int) -> Float[np.ndarray, " heads"]:

@@ -10,13 +10,12 @@ from jaxtyping import Array, Float, Int, Key
 from llamax.config.components import Init, Position, Rope
 from llamax.config.model import Block, ModelConfig
 from llamax.errors import UserError
-from llamax.model.block import DecoderBlock, Statistics
+from llamax.model.block import DecoderBlock
 from llamax.model.execution import Execution
 from llamax.model.linear import contract, parameter, weight
 from llamax.model.norm import Normalize
 from llamax.model.position import rotary_table, sinusoids
-
-LayerStatistics = dict[str, Float[Array, " layers"]]
+from llamax.model.statistics import LayerStatistics, Statistics, join_statistics
 
 
 class Stack(nnx.Module):
@@ -50,13 +49,13 @@ class Stack(nnx.Module):
         tables: dict[tuple[Position, int], Array],
         segments: Int[Array, "batch seq"] | None,
         execution: Execution,
-    ) -> tuple[Float[Array, "batch seq d_model"], list[LayerStatistics]]:
+    ) -> tuple[Float[Array, "batch seq d_model"], list[Statistics]]:
         """(x after all repeats, one dict of statistics [repeat] a member of the unit)."""
 
         def unit(x: Array, blocks: list[DecoderBlock]) -> tuple[Array, list[Statistics]]:
             statistics = []
             for block in blocks:
-                table = tables.get((block.config.position, block.config.attention.head_dim))
+                table = tables.get((block.config.position, block.config.attention.rotary_width))
                 x, s = block(x, table, segments, execution)
                 x = execution.place(x)
                 statistics.append(s)
@@ -105,11 +104,17 @@ class Transformer(nnx.Module):
     ) -> Float[Array, "batch seq vocab"]:
         """Next-token logits in float32; `segments` stops attention between different ids."""
         x, _ = self.features(tokens, segments, execution)
+        return self.logits(x, execution)
+
+    def logits(
+        self, x: Float[Array, "batch seq d_model"], execution: Execution = Execution()
+    ) -> Float[Array, "batch seq vocab"]:
+        """Logits in float32 of the normed stream: (x head + bias) scale, then the cap."""
+        head = self.config.head
         logits = contract(x.astype(jnp.float32), self.head_weight, 1, execution.compute)
-        if self.config.head.bias:
-            logits = logits + self.head_bias[...]
-        cap = self.config.head.softcap
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+        logits = logits + self.head_bias[...] if head.bias else logits
+        logits = logits * head.scale if head.scale is not None else logits
+        return logits if head.softcap is None else head.softcap * jnp.tanh(logits / head.softcap)
 
     @property
     def head_weight(self) -> Float[Array, "d_model vocab"]:
@@ -122,7 +127,7 @@ class Transformer(nnx.Module):
         segments: Int[Array, "batch seq"] | None = None,
         execution: Execution = Execution(),
     ) -> tuple[Float[Array, "batch seq d_model"], LayerStatistics]:
-        """(final normed residual stream, router statistics [moe layers] in layer order, empty for a dense model).
+        """(final normed residual stream, what the layers report (see `join_statistics`), empty for a dense model).
 
         Raises:
             UserError: more tokens than learned positions.
@@ -140,19 +145,15 @@ class Transformer(nnx.Module):
         if config.position.kind == "sinusoidal":
             x = x + jnp.asarray(sinusoids(seq, config.d_model), x.dtype)
         kinds = {
-            (b.position, b.attention.head_dim)
+            (b.position, b.attention.rotary_width)
             for _, unit in config.blocks
             for b in unit
             if isinstance(b.position, Rope)
         }
         tables: dict[tuple[Position, int], Array] = {kind: jnp.asarray(rotary_table(*kind, seq)) for kind in kinds}
         x = execution.place(x)
-        statistics: list[LayerStatistics] = []
+        reports = []
         for stack in self.stacks:
             x, found = stack(x, tables, segments, execution)
-            if routed := [s for s in found if s]:
-                statistics.append(jax.tree.map(lambda *members: jnp.stack(members, axis=1).reshape(-1), *routed))
-        joined = {
-            name: jnp.concatenate([s[name] for s in statistics]) for name in (statistics[0] if statistics else ())
-        }
-        return self.norm(x), joined
+            reports.append(found)
+        return self.norm(x), join_statistics(reports)

@@ -30,16 +30,22 @@ def attention(
     scale: float,
     softcap: float | None = None,
     window: int | None = None,
+    chunk: int | None = None,
     slopes: tuple[float, ...] | None = None,
     segments: np.ndarray | None = None,
+    selected: np.ndarray | None = None,
 ) -> np.ndarray:
     """Causal attention, one query at a time over the list of keys it may see."""
     batch, seq, heads, _ = q.shape
     share = heads // k.shape[2]
-    out = np.zeros_like(q, np.float64)
+    out = np.zeros((*q.shape[:3], v.shape[-1]), np.float64)
     for b in range(batch):
         for t in range(seq):
             keys = [s for s in range(t + 1) if window is None or t - s <= window - 1]
+            if chunk is not None:
+                keys = [s for s in keys if s // chunk == t // chunk]
+            if selected is not None:
+                keys = [s for s in keys if selected[b, t, s]]
             if segments is not None:
                 keys = [s for s in keys if segments[b, s] == segments[b, t]]
             for h in range(heads):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llamax.config.components import Alibi, GroupedQueryAttention, Init, Rope
-from llamax.model.attention import Logits, SelfAttention, attend
+from llamax.model.attention import Logits, SelfAttention, Sight, attend
 from llamax.model.execution import Execution
 from llamax.model.position import alibi_slopes, rotary_table
 
@@ -20,6 +20,7 @@ CASES = {
     "scale": (2, 1, {"scale": 0.9}),
     "window": (4, 2, {"window": 3}),
     "window_of_one": (2, 2, {"window": 1}),
+    "chunk": (4, 2, {"chunk": 4}),
     "softcap": (4, 2, {"softcap": 0.7}),
     "alibi": (4, 2, {"slopes": tuple(alibi_slopes(4).tolist())}),
     "segments": (4, 2, {"segments": np.array([[0, 0, 0, 1, 1, 2], [3, 3, 4, 4, 4, 4]])}),
@@ -46,8 +47,8 @@ def inputs(heads: int, kv_heads: int, seq: int = 6, dim: int = 4) -> list[np.nda
 def ours(case: dict, compute: str):  # type: ignore[no-untyped-def, type-arg]
     options = {name: value for name, value in case.items() if name != "segments"}
     logits = Logits(**{"scale": 0.5, **options})
-    segments = None if "segments" not in case else jnp.asarray(case["segments"])
-    return lambda q, k, v: attend(q, k, v, segments, logits, compute)
+    sight = Sight(segments=None if "segments" not in case else jnp.asarray(case["segments"]))
+    return lambda q, k, v: attend(q, k, v, sight, logits, compute)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -91,7 +92,7 @@ def test_window_counts_the_query_itself() -> None:
     """With values that are one-hot in position, the output shows which keys are seen."""
     seq = 6
     q = k = jnp.zeros((1, seq, 1, seq))
-    out = attend(q, k, jnp.eye(seq)[None, :, None], None, Logits(1.0, window=3), "float32")[0, :, 0]
+    out = attend(q, k, jnp.eye(seq)[None, :, None], Sight(), Logits(1.0, window=3), "float32")[0, :, 0]
     seen = np.tril(np.ones((seq, seq))) - np.tril(np.ones((seq, seq)), -3)
     np.testing.assert_allclose(out, seen / seen.sum(1, keepdims=True), atol=1e-6)
 
@@ -100,7 +101,7 @@ def test_future_keys_have_no_gradient() -> None:
     q, k, v, _ = inputs(2, 2)
 
     def first_queries(k: jax.Array, v: jax.Array) -> jax.Array:
-        return attend(jnp.asarray(q), k, v, None, Logits(0.5), "float32")[:, :3].sum()
+        return attend(jnp.asarray(q), k, v, Sight(), Logits(0.5), "float32")[:, :3].sum()
 
     for gradient in jax.grad(first_queries, (0, 1))(jnp.asarray(k), jnp.asarray(v)):
         assert np.all(np.asarray(gradient)[:, 3:] == 0)
@@ -109,7 +110,7 @@ def test_future_keys_have_no_gradient() -> None:
 
 def test_equal_to_jax_library_attention() -> None:
     q, k, v, _ = inputs(4, 2, seq=16, dim=8)
-    found = attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), None, Logits(8**-0.5), "float32")
+    found = attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), Sight(), Logits(8**-0.5), "float32")
     np.testing.assert_allclose(found, jax.nn.dot_product_attention(q, k, v, is_causal=True), atol=2e-6)
 
 
@@ -139,11 +140,11 @@ def test_layer_is_projections_around_attend(bias: bool) -> None:
     mixed = reference.attention(q, k, project("value"), scale=6**-0.5)
     expected = np.einsum("bthe,hed->btd", mixed, layer.out[...])
     expected = expected + np.asarray(layer.out_bias[...]) if bias else expected
-    found = jax.jit(lambda m, x: m(x, jnp.asarray(table), None, Execution()))(layer, x)
+    found = jax.jit(lambda m, x: m(x, jnp.asarray(table), None, Execution())[0])(layer, x)
     np.testing.assert_allclose(found, expected, atol=5e-6)
 
 
 def test_alibi_layer_uses_the_slopes_of_its_heads() -> None:
     config = GroupedQueryAttention(heads=8, kv_heads=8, head_dim=4, softcap=3.0, window=5)
     layer = randomized(lambda key: SelfAttention(config, Alibi(), 8, Init(), jnp.float32(1.0), key=key))
-    assert layer.logits == Logits(0.5, 3.0, 5, tuple(2.0 ** -(i + 1) for i in range(8)))
+    assert layer.logits == Logits(0.5, 3.0, 5, tuple(2.0 ** -(i + 1) for i in range(8)), None)

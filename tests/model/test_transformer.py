@@ -120,7 +120,7 @@ def test_explicit_backward_rules_equal_autodiff(name: str, monkeypatch: pytest.M
     def plain_attend(*args):  # type: ignore[no-untyped-def]
         return llamax.model.attention._attend(*args)[0]
 
-    def plain_loss(x, w, bias, targets, weights, z_loss, softcap, chunk, compute):  # type: ignore[no-untyped-def]
+    def plain_loss(x, w, bias, targets, weights, z_loss, softcap, chunk, compute, scale):  # type: ignore[no-untyped-def]
         logits = x @ w + (0.0 if bias is None else bias)
         logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
         log_p = jax.nn.log_softmax(logits)
@@ -144,7 +144,7 @@ def test_segments_run_in_order(mlp: dict[str, Any]) -> None:
         for block in model.stacks[stack].blocks:
             one = jax.tree.map(lambda a, i=repeat: a[i], block)
             x, statistics = one(x, table if one.config.position.kind == "rope" else None, None, Execution())
-            balance += [statistics["balance"]] if statistics else []
+            balance += [statistics["mlp"]["balance"]] if statistics else []
     found, statistics = jax.jit(lambda m, t: m.features(t))(model, tokens)
     assert [b.attention.window for b in model.config.layers] == [3, None, 3, None, 3]
     np.testing.assert_allclose(found, model.norm(x), atol=1e-5)
@@ -156,7 +156,7 @@ def test_mixed_dense_and_mixture_layers() -> None:
     model = small_model(segments=[{"repeat": 1}, {"repeat": 2, "unit": [{"mlp": MOE}, {}]}])
     _, statistics = jax.jit(lambda m, t: m.features(t))(model, tokens_of(2, 9))
     assert {name: value.shape for name, value in statistics.items()} == dict.fromkeys(statistics, (2,))
-    assert len(statistics) == 5
+    assert len(statistics) == 6
 
 
 @pytest.mark.parametrize("head", [{}, {"tied": True}, {"bias": True, "softcap": 2.0}, {"tied": True, "bias": True}])

@@ -1,0 +1,37 @@
+"""What layers report beside their output: losses and health, gathered over the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# What one block reports: name -> scalar, possibly under the part of the block it comes from (`mlp`, `branch`).
+Statistics = dict[str, Any]
+LayerStatistics = dict[str, Float[Array, "..."]]
+LOAD = "load"
+
+
+def join_statistics(stacks: Sequence[Sequence[Mapping[str, Any]]]) -> LayerStatistics:
+    """The reports of all layers as one flat dict, from one report [repeat] a member of every stack's unit.
+
+    A scalar becomes name -> [layers that report it], in layer order whichever part of the block it comes from. `load`,
+    whose width differs by layer, stays with the module it is of: `load.stacks.0.blocks.1.mlp` -> [repeat, experts].
+    """
+    joined: dict[str, list[Array]] = {}
+    loads: LayerStatistics = {}
+    for s, members in enumerate(stacks):
+        here: dict[str, list[Array]] = {}
+        for u, member in enumerate(members):
+            for path, value in jax.tree_util.tree_leaves_with_path(member):
+                *part, name = (key.key for key in path)
+                if name == LOAD:
+                    loads[".".join((LOAD, f"stacks.{s}.blocks.{u}", *part))] = value
+                else:
+                    here.setdefault(name, []).append(value)
+        for name, values in here.items():
+            joined.setdefault(name, []).append(jnp.stack(values, axis=1).reshape(-1))
+    return {name: jnp.concatenate(values) for name, values in joined.items()} | loads
