@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "llamax"
 ROWS = [
     {"errors"},
     {"config"},
-    {"accounting"},
+    {"accounting", "text"},
     {"mesh", "data", "model"},
     {"train"},
     {"tune", "quant", "interop", "generate"},

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64, UInt
 
-from llamax.data.tokenizers import Tokenizer, load_tokenizer
 from llamax.errors import UserError
+from llamax.text.open import load_tokenizer
+from llamax.text.tokenizers import Tokenizer
 
 FORMAT = 1
 SPLITS = ("train", "held_out")

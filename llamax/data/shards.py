@@ -18,8 +18,9 @@ import numpy as np
 from llamax.data.files import atomic_write
 from llamax.data.sources import Document, Piece, Skip, read_piece
 from llamax.data.split import DIGEST_BYTES, digest, parts
-from llamax.data.tokenizers import Tokenizer, load_tokenizer
 from llamax.errors import UserError
+from llamax.text.open import load_tokenizer
+from llamax.text.tokenizers import Tokenizer
 
 SHARD_BYTES = 4 << 20
 SPLITS = ("train", "held_out")

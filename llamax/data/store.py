@@ -44,8 +44,10 @@ from llamax.data.shards import (
 )
 from llamax.data.sources import Document, Listing, list_source, read_piece
 from llamax.data.split import fates, parts
-from llamax.data.tokenizers import SAMPLE_BYTES, SentencePieceTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
 from llamax.errors import UserError
+from llamax.text.open import load_tokenizer
+from llamax.text.sentence import SAMPLE_BYTES, SentencePieceTokenizer, train_sentencepiece
+from llamax.text.tokenizers import Tokenizer
 
 __all__ = ["Store", "build_store", "inspect_store", "store_key", "verify_store"]
 

@@ -9,8 +9,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from llamax.config.run import HuggingFace, SentencePiece
-from llamax.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, load_tokenizer, train_sentencepiece
 from llamax.errors import UserError
+from llamax.text.open import load_tokenizer
+from llamax.text.sentence import SentencePieceTokenizer, train_sentencepiece
+from llamax.text.tokenizers import ByteTokenizer
 from tests.data.corpora import text
 
 anything = st.text(st.characters(exclude_categories=["Cs"]))
