@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llamax.config.components import DenseMlp, Init, MoeMlp
+from llamax.config.components import DenseMlp, Init, MoeMlp, Router
 from llamax.model.execution import Execution
-from llamax.model.moe import MixtureOfExperts, route, router_statistics
+from llamax.model.moe import MixtureOfExperts
+from llamax.model.router import route, router_statistics
 
 from . import reference
 from .modules import randomized
@@ -89,31 +90,16 @@ def test_shared_expert_is_added() -> None:
     np.testing.assert_allclose(layer(jnp.asarray(x), Execution())[0], routed + dense, atol=2e-6)
 
 
-def test_weights_are_the_softmax_of_the_chosen_logits() -> None:
-    """Mixtral: renormalizing the top 2 of a softmax is the softmax of the two logits."""
-    logits = np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32)
-    weights, chosen, probabilities = route(jnp.asarray(logits), 2)
-    for row, w, c in zip(logits, np.asarray(weights), np.asarray(chosen), strict=True):
-        assert c.tolist() == np.argsort(-row)[:2].tolist()
-        np.testing.assert_allclose(w, reference.softmax(row[c]), rtol=1e-5)
-    np.testing.assert_allclose(probabilities, reference.softmax(logits), rtol=1e-5)
-
-
-def test_router_softmax_is_float32_for_bfloat16_logits() -> None:
-    weights, _, probabilities = route(jnp.asarray([[1.0, 2.0, 3.0]], jnp.bfloat16), 2)
-    assert weights.dtype == probabilities.dtype == jnp.float32
-    np.testing.assert_allclose(weights.sum(), 1.0, rtol=1e-6)
-
-
 def test_statistics_by_hand() -> None:
     """Three tokens, four experts, top 2: picks (0,1), (0,1), (0,2), so the loads are 3/6, 2/6, 1/6, 0."""
     logits = np.log(np.array([[4.0, 2, 1, 1], [4, 2, 1, 1], [4, 1, 2, 1]]))
-    _, chosen, probabilities = route(jnp.asarray(logits, jnp.float32), 2)
-    found = router_statistics(jnp.asarray(logits, jnp.float32), probabilities, chosen)
+    choice = route(jnp.asarray(logits, jnp.float32), Router(), 2)
+    found = router_statistics(jnp.asarray(logits, jnp.float32), choice)
     load = np.array([3, 2, 1, 0]) / 6
     mean = np.array([4, 5 / 3, 4 / 3, 1]) / 8
     expected = {
         "balance": 4 * (load * mean).sum(),
+        "sequence_balance": 4 * (load * mean).sum(),  # all three tokens as one sequence
         "z": math.log(8) ** 2,
         "entropy": -sum(p * math.log(p) for p in load[:3]) / math.log(4),
         "dead": 1.0,
@@ -126,9 +112,8 @@ def test_statistics_by_hand() -> None:
 
 def test_balance_is_one_and_entropy_full_when_uniform() -> None:
     logits = jnp.asarray(np.log(np.eye(4) * 0.5 + 0.5), jnp.float32)
-    _, chosen, probabilities = route(logits, 1)
-    found = router_statistics(logits, probabilities, chosen)
-    np.testing.assert_allclose([found["balance"], found["entropy"]], 1.0, rtol=1e-6)
+    found = router_statistics(logits, route(logits, Router(), 1))
+    np.testing.assert_allclose([found[n] for n in ("balance", "sequence_balance", "entropy")], 1.0, rtol=1e-6)
 
 
 def test_balance_gradient_flows_through_the_probabilities_alone() -> None:
@@ -136,8 +121,7 @@ def test_balance_gradient_flows_through_the_probabilities_alone() -> None:
     logits = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
 
     def balance(logits: jax.Array) -> jax.Array:
-        _, chosen, probabilities = route(logits, 2)
-        return router_statistics(logits, probabilities, chosen)["balance"]
+        return router_statistics(logits, route(logits, Router(), 2))["balance"]
 
     p = reference.softmax(logits)
     f = np.bincount(np.argsort(-logits, -1)[:, :2].reshape(-1), minlength=4) / 12
