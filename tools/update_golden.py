@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from llamax.config.cards import read_card
+from llamax.config.cards import card_names
 from llamax.config.files import read_yaml, shipped
 from llamax.config.load import dump_yaml, load_corpus, load_model, load_run
 from llamax.config.sweep import load_sweep
@@ -27,7 +27,8 @@ def golden_texts() -> dict[str, str]:
         config = load_run(name)
         texts[f"train/{name}.yaml"] = f"# hash {config.hash8}\n{dump_yaml(config)}"
     for family in shipped("models"):
-        texts[f"models/{family}.yaml"] = _models(family, list(read_card(family)["sizes"]))
+        sizes = [name.partition("/")[2] for name in card_names() if name.startswith(f"{family}/")]
+        texts[f"models/{family}.yaml"] = _models(family, sizes)
     for ladder, path in shipped("ladders").items():
         texts[f"ladders/{ladder}.yaml"] = _models(ladder, [f"d{width}" for width in read_yaml(path)["widths"]])
     for name in shipped("corpora"):

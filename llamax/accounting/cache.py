@@ -5,7 +5,8 @@
 | gqa       | 2 x kv_heads x head_dim: a key and a value a kv head                                                    |
 | mla       | kv_rank + rope_dim: the normed latent and the rotated shared key (DeepSeek-V2, arXiv:2405.04434)        |
 | indexer   | head_dim: one index key, kept apart from the above (DeepSeek-V3.2)                                      |
- A layer with a window or a chunk appends as much as any until that is full, and nothing after.
+ A layer with a window or a chunk appends as much as any until that is full, and nothing after. One as long as the
+model's whole context never fills and counts as none.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class KvCache:
 def kv_cache(model: ModelConfig, bytes_per_value: int = 2) -> KvCache:
     """The cache of `model`, bfloat16 by default."""
     layers = [block.attention for block in model.layers]
-    each = [(_values(a), _span(a)) for a in layers]
+    each = [(_values(a), _span(a, model.max_seq_len)) for a in layers]
     latent = [a for a in layers if isinstance(a, LatentAttention)]
     return KvCache(
         bytes_per_token=bytes_per_value * sum(values for values, _ in each),
@@ -67,7 +68,7 @@ def kv_cache_bytes(model: ModelConfig, context: int, bytes_per_value: int = 2) -
     window (a ring buffer), a chunked one its chunk."""
     total = context * kv_cache(model, bytes_per_value).index_bytes_per_token
     for block in model.layers:
-        total += bytes_per_value * _values(block.attention) * min(context, _span(block.attention) or context)
+        total += bytes_per_value * _values(block.attention) * min(context, _span(block.attention, context) or context)
     return total
 
 
@@ -75,5 +76,7 @@ def _values(a: Attention) -> int:
     return a.kv_rank + a.rope_dim if isinstance(a, LatentAttention) else 2 * a.kv_heads * a.head_dim
 
 
-def _span(a: Attention) -> int | None:
-    return None if isinstance(a, LatentAttention) else a.window or a.chunk
+def _span(a: Attention, context: int) -> int | None:
+    """The window or chunk of a layer, where it is shorter than the context."""
+    span = None if isinstance(a, LatentAttention) else a.window or a.chunk
+    return span if span is not None and span < context else None

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from llamax.config.base import Frozen
-from llamax.config.cards import card_names, find_size, read_card
+from llamax.config.cards import card_names, find_size, size_model
 from llamax.config.files import find, read_yaml, unknown
 from llamax.config.ladder import ladder_model, ladder_names
 from llamax.config.merge import apply_override, merge, parse_override
@@ -112,7 +112,7 @@ def named_model(name: str) -> dict[str, Any]:
     """The data of one shipped model: `ladder/d64`, `llama3/8b`, or its hub id `meta-llama/Meta-Llama-3-8B`.
 
     Raises:
-        UserError: unknown family, size or hub id.
+        UserError: unknown family, size or hub id, or a size that was announced and never released.
     """
     data = ladder_model(name)
     if data is not None:
@@ -120,12 +120,12 @@ def named_model(name: str) -> dict[str, Any]:
     found = find_size(name)
     if found is None:
         raise UserError(unknown("model", name, model_names()))
-    card, size = read_card(found[0]), found[1]
-    return merge(card.get("model", {}), card["sizes"][size].get("model", {}))
+    shared, own = size_model(*found)
+    return merge(shared, own)
 
 
 def model_names() -> list[str]:
-    """Every shipped model, `family/size`, ladders last."""
+    """Every shipped model, `family/size`, ladders last; none that was only announced."""
     return card_names() + ladder_names()
 
 

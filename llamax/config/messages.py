@@ -15,7 +15,7 @@ def explain(cls: type[BaseModel], data: Any, error: ValidationError) -> list[str
 
 
 def _line(cls: type[BaseModel], data: Any, error: Any) -> str:
-    path = ".".join(_written(error["loc"], data))
+    path = ".".join(_written(cls, error["loc"], data))
     value, kind, context = error.get("input"), error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
         return f"unknown field {path} = {value!r}; {_nearest(cls, error['loc'])}"
@@ -45,11 +45,12 @@ def _lower(message: str) -> str:
     return message[:1].lower() + message[1:]
 
 
-def _written(loc: Sequence[Any], data: Any) -> list[str]:
-    """The path as it is written in a file: without the union tags that pydantic puts between fields."""
+def _written(cls: type[BaseModel], loc: Sequence[Any], data: Any) -> list[str]:
+    """The path as it is written in a file: without the union tags that pydantic puts between fields, which are those of
+    `kind` or, where the file leaves it to a default, of that."""
     path: list[str] = []
-    for part in loc:
-        if isinstance(data, Mapping) and part not in data and part == data.get("kind"):
+    for i, part in enumerate(loc):
+        if isinstance(data, Mapping) and part not in data and part in (data.get("kind"), *_kinds(cls, loc[:i])):
             continue
         path.append(str(part))
         if isinstance(data, Mapping):

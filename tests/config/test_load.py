@@ -147,6 +147,7 @@ def test_diff_names_the_fields() -> None:
         ("model.position.kind", "rope", "nope"),
         ("model.position.theta", 10000.0, None),
         ("model.position.fraction", 1.0, None),
+        ("model.position.layout", "half", None),
         ("optimizer.lr", 0.004, 0.001),
     ]
     assert diff(a.as_dict(), a.as_dict()) == []
