@@ -240,6 +240,12 @@ class TrainConfig(Frozen):
     `loss_chunk` is the number of tokens whose logits exist at once (null: all). `unroll_layers` replaces the scan over
     layers by straight code (same numbers). `on_divergence` acts on a loss that is not finite or above
     `divergence_factor` x the running average.
+
+    Weights of losses besides cross-entropy, each 0 or without effect where the model has no such part: `z_loss`
+    (PaLM), over layers `moe_balance_loss` (Switch), `moe_sequence_balance_loss` (DeepSeek-V3 takes 1e-4), `moe_z_loss`
+    (ST-MoE) and `indexer_loss` (of sparse attention), over modules `mtp_loss` (DeepSeek-V3: 0.3, later 0.1).
+    `router_bias_rate` is how far a router's selection bias moves a step towards even load (DeepSeek-V3: 1e-3, 0 at the
+    end).
     """
 
     batch_size: PositiveInt = 32
@@ -258,7 +264,11 @@ class TrainConfig(Frozen):
     loss_chunk: PositiveInt | None = None
     z_loss: NonNegativeFloat = 0.0
     moe_balance_loss: NonNegativeFloat = 0.01
+    moe_sequence_balance_loss: NonNegativeFloat = 0.0
     moe_z_loss: NonNegativeFloat = 0.001
+    mtp_loss: NonNegativeFloat = 0.3
+    indexer_loss: NonNegativeFloat = 1.0
+    router_bias_rate: NonNegativeFloat = 0.001
     on_divergence: Literal["stop", "skip"] = "stop"
     divergence_factor: Annotated[float, Field(gt=1.0)] = 4.0
     eval_every_steps: PositiveInt | None = None

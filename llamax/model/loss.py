@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llamax.model.execution import Execution
+from llamax.model.statistics import LayerStatistics, add_module
 from llamax.model.transformer import Transformer
 
 
@@ -127,6 +129,60 @@ def next_token_loss(
     x, statistics = model.features(inputs, segments, execution)
     nats, z = head_loss(model, x, targets, mask, z_loss, loss_chunk, execution)
     return nats, z, mask.sum(), statistics
+
+
+class Losses(NamedTuple):
+    """Sums over predicted positions of one batch, in nats: next tokens, their z-loss, one entry a prediction module;
+    and what the layers and the modules' blocks report."""
+
+    nats: Float[Array, ""]
+    z: Float[Array, ""]
+    modules: tuple[Float[Array, ""], ...]
+    statistics: LayerStatistics
+
+
+def training_losses(
+    model: Transformer,
+    tokens: Int[Array, "batch seq_plus_1"],
+    segments: Int[Array, "batch seq_plus_1"] | None,
+    z_loss: Float[Array, ""],
+    loss_chunk: int | None,
+    execution: Execution,
+) -> Losses:
+    """Next-token loss and that of every multi-token prediction module (arXiv:2412.19437, eq. 21-25).
+
+    Module k (from 1) at position t reads the embedding of token t + k and predicts token t + 1 + k. Sequences keep
+    their length; the last k positions, which have no target, count nothing, and no position before sees them.
+    """
+    inside = None if segments is None else segments[:, :-1]
+    x, statistics = model.features(tokens[:, :-1], inside, execution)
+    weights = target_weights(tokens, segments, 0)
+    nats, z = head_loss(model, x, tokens[:, 1:], weights, z_loss, loss_chunk, execution)
+    modules = []
+    for k in range(1, model.config.mtp + 1):
+        further = execution.checkpoint(lambda m, x, t, k=k: m.further(k - 1, x, t, inside, execution))
+        x, report = further(model, x, _ahead(tokens, k))
+        statistics = add_module(statistics, f"mtp.{k - 1}.block", report)
+        weights, targets = target_weights(tokens, segments, k), _ahead(tokens, k + 1)
+        modules.append(head_loss(model, x, targets, weights, jnp.float32(0.0), loss_chunk, execution)[0])
+    return Losses(nats, z, tuple(modules), statistics)
+
+
+def target_weights(
+    tokens: Int[Array, "batch seq_plus_1"], segments: Int[Array, "batch seq_plus_1"] | None, k: int
+) -> Float[Array, "batch seq"]:
+    """1 at every position t whose target, token t + 1 + k, is in the sequence and in the same document, else 0."""
+    seq = tokens.shape[1] - 1
+    inside = jnp.broadcast_to(jnp.arange(seq) + 1 + k <= seq, (tokens.shape[0], seq))
+    if segments is not None:
+        inside = inside & (segments[:, :-1] == _ahead(segments, k + 1))
+    return inside.astype(jnp.float32)
+
+
+def _ahead(tokens: Int[Array, "batch seq_plus_1"], k: int) -> Int[Array, "batch seq"]:
+    """Token t + k at position t, zeros past the end."""
+    seq = tokens.shape[1] - 1
+    return jnp.pad(tokens[:, k:], ((0, 0), (0, k)))[:, :seq]
 
 
 def head_loss(

@@ -35,3 +35,15 @@ def join_statistics(stacks: Sequence[Sequence[Mapping[str, Any]]]) -> LayerStati
         for name, values in here.items():
             joined.setdefault(name, []).append(jnp.stack(values, axis=1).reshape(-1))
     return {name: jnp.concatenate(values) for name, values in joined.items()} | loads
+
+
+def add_module(joined: LayerStatistics, path: str, report: Mapping[str, Any]) -> LayerStatistics:
+    """`joined` with the report of one more block, which is not in a stack: the module at `path` (`mtp.0.block`)."""
+    result = dict(joined)
+    for keys, value in jax.tree_util.tree_leaves_with_path(report):
+        *part, name = (key.key for key in keys)
+        if name == LOAD:
+            result[".".join((LOAD, path, *part))] = value
+        else:
+            result[name] = jnp.concatenate([result.get(name, jnp.zeros(0)), value[None]])
+    return result

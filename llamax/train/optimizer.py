@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool
 
 from llamax.config.run import Optimizer, Schedule
-from llamax.train.param_info import GROUPS, is_variable, param_info
+from llamax.train.param_info import BUFFER, GROUPS, is_variable, param_info
 from llamax.train.schedule import schedule_hyperparameters
 
 Hyper = Mapping[str, ArrayLike]
@@ -50,11 +50,11 @@ def make_optimizer(optimizer: Optimizer, hyper: Hyper, lr: ArrayLike) -> optax.G
 
     Of `optimizer` only `kind` is read; the numbers are `hyper` (of `hyperparameters`) and may be traced. Parameters are
     module pytrees of `nnx.Param` with metadata (see `param_info`). Weight decay is decoupled and multiplied by the
-    scheduled lr, as in optax.adamw. `init` does not depend on `hyper`.
+    scheduled lr, as in optax.adamw. `init` does not depend on `hyper`. Buffers have no moments and stay as they are.
     """
     return optax.chain(
         optax.clip_by_global_norm(hyper["clip_norm"]),
-        DIRECTIONS[optimizer.kind](hyper),
+        optax.masked(DIRECTIONS[optimizer.kind](hyper), _learned),
         _descend(optimizer.kind, hyper, lr),
     )
 
@@ -94,6 +94,10 @@ DIRECTIONS: dict[str, Callable[[Hyper], optax.GradientTransformation]] = {
 
 
 # ---------------------------------------------------------------- parameter groups
+def _learned(params: Any) -> Any:
+    return jax.tree.map(lambda v: param_info(v).group != BUFFER, params, is_leaf=is_variable)
+
+
 def _uses_muon(variable: nnx.Variable) -> bool:
     info = param_info(variable)
     return info.group == "matrix" and info.is_matrix
@@ -129,6 +133,8 @@ def _descend(kind: str, hyper: Hyper, lr: ArrayLike) -> optax.GradientTransforma
     def update(updates: Any, params: Any) -> Any:
         def one(parameter: nnx.Variable, direction: nnx.Variable) -> nnx.Variable:
             group = param_info(parameter).group
+            if group == BUFFER:
+                return jax.tree.map(jnp.zeros_like, parameter)
             decay = hyper["weight_decay"] * hyper[f"{group}_weight_decay"]
             rate = jnp.asarray(lr) * hyper[f"{group}_lr"]
             if kind == "muon" and not _uses_muon(parameter):

@@ -17,6 +17,7 @@ from llamax.config.run import Groups
 from llamax.errors import UserError
 
 GROUPS = tuple(Groups.model_fields)
+BUFFER = "buffer"  # state of the model that a rule moves and no optimizer touches
 
 
 class ParamInfo(NamedTuple):
@@ -32,7 +33,7 @@ class ParamInfo(NamedTuple):
     @property
     def is_matrix(self) -> bool:
         """Whether each independent array has two sides: a lookup table too, but no norm or bias, whatever its axes."""
-        return self.group not in ("norm", "bias") and len(self.shape) - self.batch > 1
+        return self.group not in ("norm", "bias", BUFFER) and len(self.shape) - self.batch > 1
 
     @property
     def view(self) -> tuple[int, ...]:
@@ -57,7 +58,7 @@ def param_info(variable: nnx.Variable, path: str = "") -> ParamInfo:
     metadata = variable.get_metadata()
     shape = tuple(variable.get_value().shape)
     axes, group, inputs = metadata.get("axes"), metadata.get("group"), metadata.get("inputs", 0)
-    if axes is None or group not in GROUPS or len(axes) > len(shape):
+    if axes is None or group not in (*GROUPS, BUFFER) or len(axes) > len(shape):
         raise UserError(
             f"parameter {path or '(unnamed)'} of shape {shape} has axes={axes}, group={group}; "
             f"give nnx.Param one axis name a dimension and a group out of {', '.join(GROUPS)}"

@@ -15,6 +15,18 @@ from llamax.mesh.rules import Rules, shardings
 from llamax.model.transformer import Transformer
 from llamax.train.optimizer import hyperparameters, make_optimizer
 
+# Fields of the train section that are arrays of the state: weights of losses, rates and limits.
+TRAIN_NUMBERS = (
+    "z_loss",
+    "moe_balance_loss",
+    "moe_sequence_balance_loss",
+    "moe_z_loss",
+    "mtp_loss",
+    "indexer_loss",
+    "router_bias_rate",
+    "divergence_factor",
+)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +47,9 @@ class TrainState:
 
 
 def hyper_of(config: RunConfig, total_steps: int) -> dict[str, Array]:
-    """The arrays of `TrainState.hyper`: optimizer, schedule, loss coefficients, divergence factor."""
+    """The arrays of `TrainState.hyper`: optimizer, schedule, and TRAIN_NUMBERS of the train section."""
     values = hyperparameters(config.optimizer, config.schedule, total_steps)
-    for name in ("z_loss", "moe_balance_loss", "moe_z_loss", "divergence_factor"):
+    for name in TRAIN_NUMBERS:
         values[name] = getattr(config.train, name)
     return {name: jnp.float32(value) for name, value in values.items()}
 

@@ -14,17 +14,25 @@ from jaxtyping import Array, Float, Int
 from llamax.config.run import RunConfig
 from llamax.mesh.rules import Rules, batch_sharding
 from llamax.model.execution import Execution
-from llamax.model.loss import next_token_loss
+from llamax.model.loss import target_weights, training_losses
 from llamax.model.transformer import Transformer
+from llamax.train.balance import move_biases, split_loads
 from llamax.train.optimizer import keep_if, make_optimizer
 from llamax.train.schedule import learning_rate
 from llamax.train.state import TrainState
 
 Batch = dict[str, Array]
-Metrics = dict[str, Float[Array, ""]]
+Metrics = dict[str, Float[Array, "..."]]
 StepMetrics = dict[str, Float[Array, " steps"]]
 Dispatch = Callable[[TrainState, Batch, Int[Array, ""]], tuple[TrainState, StepMetrics, Int[Array, ""]]]
 
+# What layers report -> the weight in `hyper` of its mean over layers, which is also its name among the metrics.
+LAYER_LOSSES = {
+    "balance": "moe_balance_loss",
+    "sequence_balance": "moe_sequence_balance_loss",
+    "z": "moe_z_loss",
+    "indexer": "indexer_loss",
+}
 AVERAGE_DECAY = 0.98  # of the running loss that divergence is measured against: about the last 50 steps
 
 
@@ -43,67 +51,75 @@ def execution_of(config: RunConfig, rules: Rules, mesh: Mesh) -> Execution:
 def loss_and_gradients(
     model: Transformer, batch: Batch, hyper: dict[str, Array], config: RunConfig, execution: Execution
 ) -> tuple[Float[Array, ""], Metrics, Transformer]:
-    """(mean nats per predicted token, router metrics, gradients of the objective), accumulated over microbatches.
+    """(mean nats per predicted token, other metrics, gradients of the objective), accumulated over microbatches.
 
-    The objective is cross-entropy + z-loss, averaged over every predicted token of the whole batch, plus
-    moe_balance_loss x balance + moe_z_loss x z averaged over MoE layers and microbatches.
+    The objective is cross-entropy + z-loss, averaged over every predicted token of the whole batch; plus mtp_loss x the
+    same of every prediction module, averaged over modules; plus each of LAYER_LOSSES with its weight, averaged over
+    the layers that report it and over microbatches. Among the metrics are expert loads [..., experts] under their
+    paths (see `join_statistics`): picks of the whole batch.
     """
     parts = config.train.grad_accumulation
     micro = jax.tree.map(lambda a: a.reshape(parts, a.shape[0] // parts, *a.shape[1:]), batch)
-    total = jnp.float32(batch["tokens"][:, 1:].size)
-    if "segments" in batch:
-        total = jnp.maximum(jnp.sum(batch["segments"][:, 1:] == batch["segments"][:, :-1]).astype(jnp.float32), 1.0)
+    totals = [
+        jnp.maximum(target_weights(batch["tokens"], batch.get("segments"), k).sum(), 1.0)
+        for k in range(config.model.mtp + 1)
+    ]
 
-    def objective(model: Transformer, part: Batch) -> tuple[Array, tuple[Array, Metrics]]:
-        nats, z, _, routers = next_token_loss(
-            model, part["tokens"], part.get("segments"), None, hyper["z_loss"], config.train.loss_chunk, execution
+    def objective(model: Transformer, part: Batch) -> tuple[Array, tuple[Metrics, Metrics]]:
+        found = training_losses(
+            model, part["tokens"], part.get("segments"), hyper["z_loss"], config.train.loss_chunk, execution
         )
-        value = (nats + z) / total
-        if routers:
-            balance = hyper["moe_balance_loss"] * routers["balance"].mean() + hyper["moe_z_loss"] * routers["z"].mean()
-            value = value + balance / parts
-        return value, (nats / total, _router_metrics(routers))
+        value, sums = (found.nats + found.z) / totals[0], {"loss": found.nats / totals[0]}
+        if found.modules:
+            means = [nats / total for nats, total in zip(found.modules, totals[1:], strict=True)]
+            sums["mtp_loss"] = sum(means, jnp.float32(0.0)) / len(means)
+            value = value + hyper["mtp_loss"] * sums["mtp_loss"]
+        loads, reports = split_loads(found.statistics)
+        for name in (name for name in LAYER_LOSSES if name in reports):
+            value = value + hyper[LAYER_LOSSES[name]] * reports[name].mean() / parts
+        return value, (sums | loads, _layer_metrics(reports))
 
     value_and_grad = jax.grad(objective, has_aux=True)
     if parts == 1:
-        gradients, (loss, routers) = value_and_grad(model, batch)
-        return loss, routers, gradients
+        gradients, (sums, means) = value_and_grad(model, batch)
+        return sums.pop("loss"), sums | means, gradients
 
     def accumulate(carry: Any, part: Batch) -> tuple[Any, Metrics]:
-        gradients, loss = carry
-        new, (nats, routers) = value_and_grad(model, part)
-        return (jax.tree.map(jnp.add, gradients, new), loss + nats), routers
+        new, (sums, means) = value_and_grad(model, part)
+        return jax.tree.map(jnp.add, carry, (new, sums)), means
 
-    start = (jax.tree.map(jnp.zeros_like, model), jnp.float32(0.0))
-    (gradients, loss), routers = jax.lax.scan(accumulate, start, micro)
-    return loss, {name: values.mean(0) for name, values in routers.items()}, gradients
+    first = jax.tree.map(lambda a: a[0], micro)
+    shapes = jax.eval_shape(lambda m, p: objective(m, p)[1][0], model, first)
+    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (model, shapes))
+    (gradients, sums), means = jax.lax.scan(accumulate, start, micro)
+    return sums.pop("loss"), sums | {name: values.mean(0) for name, values in means.items()}, gradients
 
 
-def _router_metrics(routers: dict[str, Array]) -> Metrics:
-    if not routers:
-        return {}
-    return {
-        "moe_balance_loss": routers["balance"].mean(),
-        "moe_z_loss": routers["z"].mean(),
-        "moe_entropy_min": routers["entropy"].min(),
-        "moe_dead_experts": routers["dead"].sum(),
-        "moe_drop_fraction": routers["dropped"].mean(),
-    }
+def _layer_metrics(reports: dict[str, Array]) -> Metrics:
+    metrics = {metric: reports[name].mean() for name, metric in LAYER_LOSSES.items() if name in reports}
+    if "entropy" in reports:
+        metrics |= {
+            "moe_entropy_min": reports["entropy"].min(),
+            "moe_dead_experts": reports["dead"].sum(),
+            "moe_drop_fraction": reports["dropped"].mean(),
+        }
+    return metrics
 
 
 def train_step(state: TrainState, batch: Batch, config: RunConfig, execution: Execution) -> tuple[TrainState, Metrics]:
-    """One update: (new state, metrics).
+    """One update: (new state, metrics). Router biases move by the load they gave rise to (see `move_biases`).
 
     A bad step, whose loss or gradient norm is not finite or whose loss exceeds divergence_factor x the running
     average, leaves weights and moments as they were and counts as skipped; its metrics have bad = 1.
     """
     hyper = state.hyper
-    loss, routers, gradients = loss_and_gradients(state.model, batch, hyper, config, execution)
+    loss, found, gradients = loss_and_gradients(state.model, batch, hyper, config, execution)
+    loads, found = split_loads(found)
     grad_norm = optax.tree.norm(gradients)
     lr = learning_rate(config.schedule.kind, state.step, hyper)
     optimizer = make_optimizer(config.optimizer, hyper, lr)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.model)
-    model = optax.apply_updates(state.model, updates)
+    model = move_biases(optax.apply_updates(state.model, updates), loads, hyper["router_bias_rate"])
     average = jnp.where(jnp.isnan(state.average), loss, state.average)
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (loss <= hyper["divergence_factor"] * average)
     model, opt_state, average = keep_if(
@@ -118,7 +134,7 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig, execution: Ex
         "param_norm": optax.tree.norm(model),
         "update_norm": optax.tree.norm(updates),
         "bad": (~good).astype(jnp.float32),
-        **routers,
+        **found,
     }
     skipped = state.skipped + jnp.where(good, 0, 1)
     return TrainState(model, opt_state, state.step + 1, skipped, average, hyper), metrics

@@ -248,7 +248,7 @@ def test_mixture_losses_reach_the_router_and_the_metrics():
     _, tilted, _ = go(dispatch, with_hyper(state, moe_balance_loss=10.0), batches, 10)
     assert set(plain) == {
         "loss", "lr", "grad_norm", "param_norm", "update_norm", "bad", "moe_balance_loss", "moe_z_loss",
-        "moe_entropy_min", "moe_dead_experts", "moe_drop_fraction",
+        "moe_sequence_balance_loss", "moe_entropy_min", "moe_dead_experts", "moe_drop_fraction",
     }  # fmt: skip
     assert tilted["moe_balance_loss"][-1] < plain["moe_balance_loss"][-1]
     assert np.all((plain["moe_entropy_min"] > 0) & (plain["moe_entropy_min"] <= 1 + 1e-6))
