@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from llamax.config.components import GroupedQueryAttention, Init, Position, Rope
+from llamax.model.cache import KeyValues, Slot, Step, extend
 from llamax.model.execution import Execution
 from llamax.model.linear import contract, parameter, weight
 from llamax.model.norm import Normalize
@@ -185,6 +186,20 @@ class SelfAttention(nnx.Module):
         """(attention output before it joins the residual stream, no statistics); `table`: the rotary table or None."""
         q, k, v = self._project(x, table, jnp.arange(x.shape[1]), execution)
         return self._out(attend(q, k, v, Sight(segments=segments), self.logits, execution.compute), execution), {}
+
+    def decode(
+        self,
+        x: Float[Array, "batch seq d_model"],
+        table: Float[Array, "2 batch seq half"] | None,
+        step: Step,
+        cache: Slot,
+        execution: Execution,
+    ) -> tuple[Float[Array, "batch seq d_model"], KeyValues]:
+        """(attention output for tokens that follow those in the cache, the stacked cache with them written)."""
+        q, k, v = self._project(x, table, step.positions, execution)
+        written, seen, positions = extend(cache, KeyValues(k, v), step)
+        sight = Sight(step.positions, positions)
+        return self._out(attend(q, seen.key, seen.value, sight, self.logits, execution.compute), execution), written
 
     def _project(
         self, x: Array, table: Array | None, positions: Array, execution: Execution

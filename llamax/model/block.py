@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, Key
 from llamax.config.components import Init, MoeMlp
 from llamax.config.model import Block
 from llamax.model.attention import SelfAttention
+from llamax.model.cache import LayerCache, Slot, Step
 from llamax.model.execution import Execution
 from llamax.model.linear import residual_gain
 from llamax.model.mla import MultiHeadLatentAttention
@@ -73,6 +74,22 @@ class DecoderBlock(nnx.Module):
         """(the residual stream after this block, what its parts report by part: attention, mlp, branch)."""
         out, statistics, parts = self._around(x, lambda y: self.attention(y, table, segments, execution), execution)
         return out, {"attention": statistics, **parts} if statistics else parts
+
+    def decode(
+        self,
+        x: Float[Array, "batch seq d_model"],
+        table: Float[Array, "2 batch seq half"] | None,
+        step: Step,
+        cache: Slot,
+        execution: Execution,
+    ) -> tuple[Float[Array, "batch seq d_model"], LayerCache]:
+        """(the residual stream after this block, the stacked cache with this layer's part written)."""
+
+        def attention(y: Array) -> tuple[Array, LayerCache]:
+            return self.attention.decode(y, table, step, cache, execution)
+
+        out, written, _ = self._around(x, attention, execution)
+        return out, written
 
     def _around(
         self, x: Array, attention: Callable[[Array], tuple[Array, Aside]], execution: Execution

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ from llamax.config.components import (
     RotaryLayout,
     Temperature,
 )
+from llamax.config.model import ModelConfig
 
 
 def inverse_frequencies(rope: Rope, head_dim: int, length: int = 0) -> tuple[np.ndarray, float]:
@@ -86,6 +88,27 @@ def rotary_table(
     freqs, factor = inverse_frequencies(rope, head_dim, length if planned is None else planned)
     angles = np.arange(length, dtype=np.float64)[:, None] * freqs
     return np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32) * np.float32(factor)
+
+
+class PositionTables(NamedTuple):
+    """What the model's positions need, for positions 0, 1, ...: a rotary table a kind (see `rotary_kinds`), and the
+    vectors added to the embedding where they are fixed."""
+
+    rotary: tuple[Float[Array, "2 length half"], ...]
+    added: Float[Array, "length d_model"] | None
+
+
+def rotary_kinds(config: ModelConfig) -> tuple[tuple[Rope, int], ...]:
+    """The different (rotary embedding, width of the part of a head it may turn) of a model's layers."""
+    blocks = [block for _, unit in config.blocks for block in unit]
+    return tuple(dict.fromkeys((b.position, b.attention.rotary_width) for b in blocks if isinstance(b.position, Rope)))
+
+
+def position_tables(config: ModelConfig, length: int, planned: int | None = None) -> PositionTables:
+    """The tables of `config` for `length` positions; `planned` as in `rotary_table`."""
+    rotary = tuple(jnp.asarray(rotary_table(*kind, length, planned)) for kind in rotary_kinds(config))
+    sinusoidal = config.position.kind == "sinusoidal"
+    return PositionTables(rotary, jnp.asarray(sinusoids(length, config.d_model)) if sinusoidal else None)
 
 
 def rotate(

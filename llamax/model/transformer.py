@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from llamax.config.components import Init, Position, Rope
+from llamax.config.components import Init, Rope
 from llamax.config.model import Block, ModelConfig
 from llamax.errors import UserError
 from llamax.model.block import DecoderBlock
+from llamax.model.cache import Cache, LayerCache, Slot, Step
 from llamax.model.execution import Execution
 from llamax.model.linear import contract, parameter, weight
+from llamax.model.mtp import PredictionModule
 from llamax.model.norm import Normalize
-from llamax.model.position import rotary_table, sinusoids
+from llamax.model.position import PositionTables, position_tables, rotary_kinds, rotary_table
 from llamax.model.statistics import LayerStatistics, Statistics, join_statistics
+
+RotaryTables = dict[tuple[Any, int], Array]  # by kind, see `rotary_kinds`
 
 
 class Stack(nnx.Module):
@@ -46,7 +52,7 @@ class Stack(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch seq d_model"],
-        tables: dict[tuple[Position, int], Array],
+        tables: RotaryTables,
         segments: Int[Array, "batch seq"] | None,
         execution: Execution,
     ) -> tuple[Float[Array, "batch seq d_model"], list[Statistics]]:
@@ -65,6 +71,34 @@ class Stack(nnx.Module):
         return jax.lax.scan(
             unit, x, list(self.blocks), length=self.repeat, unroll=self.repeat if execution.unroll else 1
         )
+
+    def decode(
+        self,
+        x: Float[Array, "batch seq d_model"],
+        tables: RotaryTables,
+        step: Step,
+        caches: tuple[LayerCache, ...],
+        execution: Execution,
+    ) -> tuple[Float[Array, "batch seq d_model"], tuple[LayerCache, ...]]:
+        """(x after all repeats, the caches of the unit's members with this call's tokens).
+
+        The caches are carried rather than scanned over, so that a layer writes its few tokens in place.
+        """
+
+        def unit(carry: Any, layer: tuple[list[DecoderBlock], Array]) -> tuple[Any, None]:
+            x, caches = carry
+            blocks, i = layer
+            new = []
+            for block, cache in zip(blocks, caches, strict=True):
+                table = tables.get((block.config.position, block.config.attention.rotary_width))
+                x, written = block.decode(x, table, step, Slot(cache, i), execution)
+                x = execution.place(x)
+                new.append(written)
+            return (x, tuple(new)), None
+
+        layers = (list(self.blocks), jnp.arange(self.repeat))
+        unroll = self.repeat if execution.unroll else 1
+        return jax.lax.scan(unit, (x, caches), layers, length=self.repeat, unroll=unroll)[0]
 
 
 class Transformer(nnx.Module):
@@ -91,6 +125,12 @@ class Transformer(nnx.Module):
             self.stacks.append(Stack(unit, repeat, first, d, init, layers, key=jax.random.fold_in(k_stack, i)))
             first += repeat * len(unit)
         self.norm = Normalize(config.norm, d)
+        if config.mtp:
+            modules = [
+                PredictionModule(config, key=jax.random.fold_in(k_stack, len(config.blocks) + i))
+                for i in range(config.mtp)
+            ]
+            self.mtp: nnx.List[PredictionModule] = nnx.List(modules)
         if not config.head.tied:
             self.head = weight(k_head, (d, vocab), ("embed", "vocab"), init, group="head")
         if config.head.bias:
@@ -137,23 +177,80 @@ class Transformer(nnx.Module):
             raise UserError(
                 f"{seq} tokens exceed the learned positions, model.max_seq_len={config.max_seq_len}; shorten them"
             )
-        x = self.embedding[...][tokens].astype(execution.activation_dtype)
-        if config.embedding.scale == "sqrt_d_model":
-            x = x * jnp.asarray(config.d_model**0.5, x.dtype)
-        if config.position.kind == "learned":
-            x = x + self.position[...][:seq].astype(x.dtype)
-        if config.position.kind == "sinusoidal":
-            x = x + jnp.asarray(sinusoids(seq, config.d_model), x.dtype)
-        kinds = {
-            (b.position, b.attention.rotary_width)
-            for _, unit in config.blocks
-            for b in unit
-            if isinstance(b.position, Rope)
-        }
-        tables: dict[tuple[Position, int], Array] = {kind: jnp.asarray(rotary_table(*kind, seq)) for kind in kinds}
-        x = execution.place(x)
+        places = position_tables(config, seq)
+        tables: RotaryTables = dict(zip(rotary_kinds(config), places.rotary, strict=True))
+        x = execution.place(self._placed(self.embed(tokens, execution), jnp.arange(seq), places))
         reports = []
         for stack in self.stacks:
             x, found = stack(x, tables, segments, execution)
             reports.append(found)
         return self.norm(x), join_statistics(reports)
+
+    def embed(
+        self, tokens: Int[Array, "batch seq"], execution: Execution = Execution()
+    ) -> Float[Array, "batch seq d_model"]:
+        """Token embeddings, scaled where the config says so, without a position."""
+        x = self.embedding[...][tokens].astype(execution.activation_dtype)
+        if self.config.embedding.scale == "sqrt_d_model":
+            x = x * jnp.asarray(self.config.d_model**0.5, x.dtype)
+        return x
+
+    def _placed(self, x: Array, positions: Array, tables: PositionTables) -> Array:
+        """x with the vectors of its positions ([seq] or [batch, seq]) added, for the kinds that have some."""
+        if self.config.position.kind == "learned":
+            return x + self.position[...][positions].astype(x.dtype)
+        return x if tables.added is None else x + tables.added[positions].astype(x.dtype)
+
+    def further(
+        self,
+        k: int,
+        stream: Float[Array, "batch seq d_model"],
+        tokens: Int[Array, "batch seq"],
+        segments: Int[Array, "batch seq"] | None = None,
+        execution: Execution = Execution(),
+    ) -> tuple[Float[Array, "batch seq d_model"], Statistics]:
+        """(the normed stream of prediction module k, what its block's parts report).
+
+        `stream` is `features` for k = 0, then what this gave for k - 1; `tokens` at t are those at t + 1 + k of the
+        text. `logits` of the result at t are of the token at t + 2 + k.
+        """
+        module = self.mtp[k]
+        block = module.block.config
+        table = None
+        if isinstance(block.position, Rope):
+            table = jnp.asarray(rotary_table(block.position, block.attention.rotary_width, tokens.shape[1]))
+        return module(stream, self.embed(tokens, execution), table, segments, execution)
+
+    def decode(
+        self,
+        tokens: Int[Array, "batch seq"],
+        cache: Cache,
+        counts: Int[Array, " batch"] | None = None,
+        execution: Execution = Execution(),
+        last: bool = False,
+    ) -> tuple[Float[Array, "batch columns vocab"], Cache]:
+        """(next-token logits in float32, the cache with these tokens): reads a prompt, or one token after another.
+
+        Row b reads its first counts[b] columns (default: all) after the tokens its cache has; the logits of the
+        other columns mean nothing. With `last` there is one column of logits, of each row's last token read. A row
+        that outgrows the capacity of the cache has NaN for logits.
+        """
+        batch, seq = tokens.shape
+        counts = jnp.full(batch, seq, jnp.int32) if counts is None else counts
+        positions = cache.lengths[:, None] + jnp.arange(seq)
+        step = Step(cache.lengths, counts, positions, cache.capacity)
+        kinds = rotary_kinds(self.config)
+        tables: RotaryTables = {
+            kind: table[:, positions] for kind, table in zip(kinds, cache.tables.rotary, strict=True)
+        }
+        x = execution.place(self._placed(self.embed(tokens, execution), positions, cache.tables))
+        layers = []
+        for stack, found in zip(self.stacks, cache.layers, strict=True):
+            x, written = stack.decode(x, tables, step, found, execution)
+            layers.append(written)
+        if last:
+            x = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
+        lengths = cache.lengths + counts
+        fits = (lengths <= cache.capacity)[:, None, None]
+        logits = jnp.where(fits, self.logits(self.norm(x), execution), jnp.nan)
+        return logits, Cache(lengths, cache.tables, tuple(layers), cache.capacity)
