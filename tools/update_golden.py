@@ -17,6 +17,7 @@ from llamax.config.files import read_yaml, shipped
 from llamax.config.load import dump_yaml, load_corpus, load_model, load_run
 from llamax.config.sweep import load_sweep
 
+STYLED = (16, 64, 512)  # ladder widths at which styles are recorded
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 
 
@@ -31,6 +32,9 @@ def golden_texts() -> dict[str, str]:
         texts[f"models/{family}.yaml"] = _models(family, sizes)
     for ladder, path in shipped("ladders").items():
         texts[f"ladders/{ladder}.yaml"] = _models(ladder, [f"d{width}" for width in read_yaml(path)["widths"]])
+    for style in shipped("styles"):
+        sizes = {f"d{width}": load_model(f"ladder/d{width}@{style}").as_dict() for width in STYLED}
+        texts[f"styles/{style}.yaml"] = _text(sizes)
     for name in shipped("corpora"):
         texts[f"corpora/{name}.yaml"] = dump_yaml(load_corpus(name))
     for name in shipped("sweeps"):

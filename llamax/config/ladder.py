@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 from llamax.config.files import find, read_yaml, shipped
+from llamax.config.style import styled
 from llamax.errors import UserError
 
-LADDER = re.compile(r"^(?P<ladder>[a-z0-9_]+)/d(?P<width>\d+)$")
+LADDER = re.compile(r"^(?P<ladder>[a-z0-9_]+)/d(?P<width>\d+)(@(?P<style>[a-z0-9_]+))?$")
 
 
 def ladder_model(name: str) -> dict[str, Any] | None:
     """The model data of `ladder/d64` and the like (any width the rule divides), or None if `name` is no ladder size.
+
+    `ladder/d64@gemma3` is that size in a style (see `styled`).
 
     The rule, with the numbers of configs/ladders/<ladder>.yaml: layers = max(min, round(a * d ** b)), heads = the
     count whose head_dim = d / heads is even and nearest in ratio to the target for that width, d_ff = ratio * d
@@ -43,7 +47,21 @@ def ladder_model(name: str) -> dict[str, Any] | None:
     model["segments"] = [{"repeat": layers}]
     model["attention"] = {**model.get("attention", {}), "heads": heads, "kv_heads": heads, "head_dim": d_model // heads}
     model["mlp"] = {**model["mlp"], "d_ff": d_ff}
-    return model
+    return model if match["style"] is None else styled(model, match["style"], model)
+
+
+def restyle(model: Mapping[str, Any], base: str | None, style: str) -> dict[str, Any]:
+    """Model data built on the ladder size `base`, in `style` whatever style the base has.
+
+    Raises:
+        UserError: `base` is no ladder size, whose width the style's rules need.
+    """
+    match = LADDER.match(base or "")
+    if match is None:
+        raise UserError(
+            f"model.style={style} rebuilds a ladder size, and model.base is {base!r}; set it to ladder/d64"
+        )
+    return styled(model, style, ladder_model(f"{match['ladder']}/d{match['width']}") or {})
 
 
 @lru_cache

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from llamax.config.base import Frozen
 from llamax.config.cards import card_names, find_size, size_model
 from llamax.config.files import find, read_yaml, unknown
-from llamax.config.ladder import ladder_model, ladder_names
+from llamax.config.ladder import ladder_model, ladder_names, restyle
 from llamax.config.merge import apply_override, merge, parse_override
 from llamax.config.messages import explain
 from llamax.config.model import ModelConfig
@@ -51,12 +51,18 @@ def load_run(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def run_from_data(data: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "config") -> RunConfig:
     """A run config from plain data as a file holds it; `base:` names a config it starts from, `model:` may be a
-    name."""
+    name.
+
+    Overrides that choose a base or a model come first whatever their order, then a style (`style=gemma3`, short for
+    `model.style=gemma3`), then those that adjust.
+    """
     parsed = [parse_override(text) for text in overrides]
+    parsed = [(("model", *keys), value) if keys == ("style",) else (keys, value) for keys, value in parsed]
+    style = [item for item in parsed if item[0] == ("model", "style")]
     choose = [item for item in parsed if item[0] in (("base",), ("model",), ("model", "base"))]
-    adjust = [item for item in parsed if item not in choose]
+    adjust = [item for item in parsed if item not in choose and item not in style]
     data = dict(data)
-    for keys, value in choose:
+    for keys, value in [*choose, *style]:
         data = apply_override(data, keys, value)
     data = merge(_RUN_DEFAULTS, _resolve_base(data, where))
     if "model" in data:
@@ -97,19 +103,25 @@ def _resolve_base(data: dict[str, Any], where: str, seen: tuple[str, ...] = ()) 
 
 # ---------------------------------------------------------------- models
 def model_data(model: Any) -> dict[str, Any]:
-    """Plain model data from a name, or from a mapping whose `base:` is a name."""
+    """Plain model data from a name, or from a mapping whose `base:` is a name.
+
+    `style:` in the mapping rebuilds all of it in a family's style but what `style.KEPT` names, so that its other
+    architecture fields give way; to change a styled model name it as the base (`base: ladder/d64@gemma3`).
+    """
     if isinstance(model, str):
         model = {"base": model}
     if not isinstance(model, Mapping):
         raise UserError(f"model: expected a name such as llama3/8b or a mapping, found {model!r}")
     own = dict(model)
-    base = own.pop("base", None)
+    base, style = own.pop("base", None), own.pop("style", None)
     below = merge(_MODEL_DEFAULTS, named_model(base)) if base is not None else _MODEL_DEFAULTS
-    return merge(below, own)
+    data = merge(below, own)
+    return data if style is None else merge(_MODEL_DEFAULTS, restyle(data, base, style))
 
 
 def named_model(name: str) -> dict[str, Any]:
-    """The data of one shipped model: `ladder/d64`, `llama3/8b`, or its hub id `meta-llama/Meta-Llama-3-8B`.
+    """The data of one shipped model: `ladder/d64`, `ladder/d64@gemma3`, `llama3/8b`, or a hub id such as
+    `meta-llama/Meta-Llama-3-8B`.
 
     Raises:
         UserError: unknown family, size or hub id, or a size that was announced and never released.

@@ -180,7 +180,7 @@ def load_sweep(name: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
     data = read_yaml(find("sweeps", str(name), "sweep"))
     for text in overrides:
         keys, value = parse_override(text)
-        if keys[0] in RunConfig.model_fields:
+        if keys[0] in (*RunConfig.model_fields, "style"):
             data["overrides"] = [*data.get("overrides", ()), text]
         else:
             data = apply_override(data, keys, value)
