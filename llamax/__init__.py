@@ -1,6 +1,7 @@
 """llamax: plan, train, fit, predict, check. Scaling research on the open-weight Llama lineage, in JAX and Flax.
 
-model, config = llamax.load("runs/tiny")      # logits = model(tokens), [batch, seq, vocab]
+model, config = llamax.load("runs/tiny")      # logits = model(tokens), [batch, seq, vocab]; or a Hugging Face folder
+llamax.export_hf(model, config, "folder")     # config.json and safetensors that transformers loads
 runs = llamax.ledger("runs")                  # a pandas DataFrame, one row a run
 """
 
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from llamax.errors import UserError
 
 if TYPE_CHECKING:
+    from llamax.hub.export import export_hf
+    from llamax.hub.load import load_hf
     from llamax.report.ledger import curves, ledger
     from llamax.train.load import load
 
@@ -20,10 +23,16 @@ try:
 except PackageNotFoundError:  # run from a checkout that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["UserError", "__version__", "curves", "ledger", "load"]
+__all__ = ["UserError", "__version__", "curves", "export_hf", "ledger", "load", "load_hf"]
 
 # Resolved on first use: importing llamax must not import JAX or pandas.
-_LAZY = {"load": "llamax.train.load", "ledger": "llamax.report.ledger", "curves": "llamax.report.ledger"}
+_LAZY = {
+    "load": "llamax.train.load",
+    "load_hf": "llamax.hub.load",
+    "export_hf": "llamax.hub.export",
+    "ledger": "llamax.report.ledger",
+    "curves": "llamax.report.ledger",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
+from llamax.console import emit as _emit
+from llamax.console import print_json as _print_json
 from llamax.errors import Interrupted, UserError
+from llamax.hub import commands as hub_commands
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,6 +28,8 @@ app.add_typer(sweep_app, name="sweep")
 app.add_typer(data_app, name="data")
 app.add_typer(model_app, name="model")
 app.add_typer(config_app, name="config")
+model_app.command("import")(hub_commands.model_import)
+model_app.command("export")(hub_commands.model_export)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b.c=value]...", help="Config fields to set.")]
@@ -370,27 +375,12 @@ def doctor(as_json: Json = False) -> None:
 
 
 # ---------------------------------------------------------------- printing
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, allow_nan=False, default=str))
-
-
 def _print(*renderables: Any) -> None:
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 100)
     for item in renderables:
         console.print(item)
-
-
-def _emit(result: dict[str, Any], as_json: bool) -> None:
-    """A result for a program as JSON, or for a person as aligned lines."""
-    if as_json:
-        _print_json(result)
-        return
-    from llamax.console import lines
-
-    for line in lines(result):
-        print(line)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llamax.config.run import RunConfig
     from llamax.train.progress import Progress
+
+
+def print_json(value: Any) -> None:
+    """A result for a program."""
+    print(json.dumps(value, allow_nan=False, default=str))
+
+
+def emit(result: dict[str, Any], as_json: bool) -> None:
+    """A result for a program as JSON, or for a person as aligned lines."""
+    if as_json:
+        print_json(result)
+        return
+    for line in lines(result):
+        print(line)
 
 
 def lines(result: dict[str, Any], indent: int = 0) -> Iterator[str]:

@@ -44,8 +44,11 @@ def load_hf(
     """The model of a Hugging Face folder and its config. `model(tokens)` gives float32 logits [batch, seq, vocab].
 
     Arrays are sharded over `mesh` by `rules` as they load, on the first device without one, and keep the types of the
-    file; `dtype="float32"` makes them float32, which is what training updates. The config's data and train sections
-    are defaults with the folder's tokenizer.
+    file. The config's data and train sections are defaults with the folder's tokenizer.
+
+    To train further, load with `dtype="float32"`, the type optimizers update, and put the model in a fresh state:
+    `dataclasses.replace(init_state(config, steps, abstract_state(config, rules, mesh)), model=model)`; the moments of
+    every optimizer start from zero whatever the weights are.
 
     Raises:
         UserError: whatever is wrong with the folder; nothing is left half-loaded.
@@ -91,6 +94,7 @@ def open_folder(folder: Path) -> Source:
     if folder.is_file():
         refuse_pickles(folder)
     if not is_hub_folder(folder):
+        refuse_pickles(folder)
         raise UserError(f"{folder}: no {CONFIG}; give a run directory or the folder of a Hugging Face model")
     where = str(folder / CONFIG)
     data = strict_json((folder / CONFIG).read_bytes(), where)

@@ -212,7 +212,8 @@ def load_params(run_dir: Path, abstract_model: T, step: int | None = None, *, on
     """The model part alone of a checkpoint of `run_dir`: of `step`, or of the newest good one.
 
     `abstract_model` is the model with `jax.ShapeDtypeStruct` leaves (`jax.eval_shape`); arrays arrive with its
-    shardings, on the first device where it names none. Changes nothing on the disk: the run may be training.
+    shardings, on the first device where it names none, in the float types they were saved in (an imported model keeps
+    its own). Changes nothing on the disk: the run may be training.
 
     Raises:
         UserError: no checkpoint, no good one, not that step, or other arrays than the model's.
@@ -223,7 +224,7 @@ def load_params(run_dir: Path, abstract_model: T, step: int | None = None, *, on
         have = ", ".join(str(item.step) for item in find_checkpoints(directory)[::-1])
         what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         raise UserError(f"{directory}: {what}; " + (f"take one of the steps {have}" if have else "train the run first"))
-    return _read(found[0].path, abstract_model, found[1], prefix=".model")
+    return _read(found[0].path, _as_saved(abstract_model, found[1]), found[1], prefix=".model")
 
 
 # ---------------------------------------------------------------- choosing
@@ -310,6 +311,18 @@ def _read(folder: Path, abstract: T, note: dict[str, Any], prefix: str = "") -> 
         arrays = reader.restore(folder / "state", args=args)
     leaves = [_as_asked(leaf, arrays.get(key)) for key, leaf in wanted.items()]
     return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(abstract), leaves)
+
+
+def _as_saved(abstract: T, note: dict[str, Any]) -> T:
+    """`abstract` with the float types of a checkpoint's model."""
+
+    def typed(path: Any, leaf: Any) -> Any:
+        saved = note["arrays"].get(".model" + jax.tree_util.keystr(path), [str(leaf.dtype)])[0]
+        if saved == str(leaf.dtype) or not jax.dtypes.issubdtype(leaf.dtype, np.floating):
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, jax.numpy.dtype(saved), sharding=getattr(leaf, "sharding", None))
+
+    return jax.tree_util.tree_map_with_path(typed, abstract)
 
 
 def _target(leaf: Any) -> jax.ShapeDtypeStruct:

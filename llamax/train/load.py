@@ -27,14 +27,19 @@ def load(run_dir: str | Path, *, step: int | None = None) -> tuple[Transformer, 
     """The model of a run directory, from its newest good checkpoint (or that of `step`), and its config.
 
     `model(tokens)` gives float32 logits [batch, seq, vocab]. Arrays are placed on this process's devices by the run's
-    own mesh rules, with a mesh of data parallelism only.
+    own mesh rules, with a mesh of data parallelism only. A Hugging Face folder is also taken, on the first device
+    (`llamax.hub.load.load_hf` shards it over a mesh).
 
     Raises:
-        UserError: not a run, or no good checkpoint.
+        UserError: neither a run nor a Hugging Face folder, or no good checkpoint.
     """
     path = Path(run_dir)
     if not is_run(path):
-        raise UserError(f"{path}: not a run directory (no config.yaml); give the --run-dir of a training run")
+        from llamax.hub.load import load_hf
+
+        if step is not None:
+            raise UserError(f"{path}: not a run directory (no config.yaml), so it has no step {step}; leave step out")
+        return load_hf(path)
     config = read_config(path)
     local = config.mesh.model_copy(update={"data": -1, "fsdp": 1, "tensor": 1, "expert": 1})
     mesh = make_mesh(local)
