@@ -19,7 +19,7 @@ import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 # The array packages only: pydantic already checks the config, and command line start-up stays as users have it.
-CHECKED = ["model", "text", "data", "mesh", "train", "scaling"]
+CHECKED = ["model", "text", "generate", "data", "mesh", "train", "scaling"]
 install_import_hook([f"llamax.{name}" for name in CHECKED], "beartype.beartype")
 
 

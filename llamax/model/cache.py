@@ -53,7 +53,7 @@ class Cache:
     `layers` has one entry a stack and a member of its unit, each array with a leading layers axis.
     """
 
-    lengths: Int[Array, " batch"]
+    lengths: Any  # Int[Array, " batch"], unchecked: JAX also makes caches of shapes, shardings and argument records
     tables: PositionTables
     layers: tuple[tuple[LayerCache, ...], ...]
     capacity: int

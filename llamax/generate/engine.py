@@ -1,0 +1,323 @@
+"""The decoding loop: prompts in, tokens out, a few compiled programs for all lengths."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from llamax.errors import UserError
+from llamax.generate.sampling import Rows, Sampling, rows_of, sample
+from llamax.mesh.rules import Rules, batch_ways, load_rules, shardings, spec_of
+from llamax.model.cache import Cache, init_cache, map_cache
+from llamax.model.execution import Execution
+from llamax.model.transformer import Transformer
+
+NOTHING = -1  # in place of a token: the row was done
+PREFILL = 1024  # columns of a prompt read at once: the memory for scores is this times the capacity
+MOST_STEPS = 16  # decoding steps of one dispatch
+DISPATCH_SECONDS = 0.05  # what a dispatch aims at, so that text keeps flowing
+
+
+class State(NamedTuple):
+    """What a step needs of a batch: the last token of every row, how many it drew, and which rows are done."""
+
+    token: Int[Array, " batch"]
+    drawn: Int[Array, " batch"]
+    done: Bool[Array, " batch"]
+
+
+class Request(NamedTuple):
+    """What a batch asks for, as arrays: how rows draw, with which keys, how far, and what ends them."""
+
+    rows: Rows
+    keys: Key[Array, " batch"]
+    limit: Int[Array, " batch"]
+    stops: Int[Array, " stops"]
+
+
+class Timings(NamedTuple):
+    """Seconds of one batch. `prefill` ends with the first token of every row; compilation is apart."""
+
+    compile: float
+    prefill: float
+    decode: float
+    steps: int  # decoding steps after the first token, of the whole batch
+
+
+class Engine:
+    """A model ready to generate, its arrays placed on `mesh` by the mesh `rules` (default: where they are).
+
+    Batch, prompt width and capacity are rounded up, so that prompts of any length share a few compiled programs.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        mesh: Mesh | None = None,
+        rules: Rules | None = None,
+        execution: Execution = Execution(),
+    ):
+        self.config, self.execution = model.config, execution
+        self.rules = load_rules("default") if rules is None else rules
+        self.mesh = mesh if mesh is not None else _mesh_of(model)
+        self.model = model if mesh is None else jax.device_put(model, shardings(model, model, self.rules, mesh))
+        self._programs: dict[Any, Any] = {}
+        self._compile_seconds = 0.0
+
+    def run(
+        self,
+        prompts: Sequence[np.ndarray],
+        samplings: Sequence[Sampling],
+        seeds: Sequence[int],
+        max_new_tokens: int,
+        stop_ids: Sequence[int] = (),
+        watch: Callable[[np.ndarray], np.ndarray | None] | None = None,
+    ) -> tuple[list[np.ndarray], Timings]:
+        """(the new ids of every prompt, a stop id included; timings).
+
+        `watch` is given the tokens of every dispatch [prompts, steps], NOTHING where a row was done, and may say
+        which rows are done now [prompts]; tokens such a row drew later are not part of its ids.
+
+        Raises:
+            UserError: no prompt, an empty one, an id the embedding has no row for, or more tokens than positions.
+        """
+        widest = self._check(prompts, max_new_tokens)
+        batch = _round(len(prompts), 1)
+        capacity = _round(widest + max_new_tokens, 64)
+        if self.config.position.kind == "learned":
+            capacity = min(capacity, self.config.max_seq_len)
+        self._compile_seconds = 0.0
+        request = self._request(samplings, seeds, max_new_tokens, stop_ids, batch)
+        start = time.perf_counter()
+        state, cache = self._prefill(prompts, request, batch, capacity, widest + max_new_tokens)
+        tokens = np.asarray(state.token)[: len(prompts), None]
+        first = time.perf_counter() - start - self._compile_seconds
+        compiled, start = self._compile_seconds, time.perf_counter()
+        columns, done, steps = [tokens], np.asarray(state.done)[: len(prompts)], 0
+        ended = np.zeros(len(prompts), bool)
+        seconds = DISPATCH_SECONDS / 2
+        while True:
+            if watch is not None and (halt := watch(columns[-1])) is not None:
+                ended |= halt
+            left = max_new_tokens - 1 - steps
+            if left <= 0 or (done | ended).all():
+                break
+            count = int(min(left, MOST_STEPS, max(1, DISPATCH_SECONDS / seconds)))
+            halted = np.pad(ended, (0, batch - len(prompts)), constant_values=True)
+            before, compiling = time.perf_counter(), self._compile_seconds
+            state, cache, drawn = self._steps(state, cache, request, self._rows(halted), count)
+            fresh = np.asarray(drawn)[: len(prompts), :count]
+            fresh = np.where(ended[:, None], NOTHING, fresh)
+            seconds = (time.perf_counter() - before - (self._compile_seconds - compiling)) / count
+            columns.append(fresh)
+            steps += count
+            done = np.asarray(state.done)[: len(prompts)]
+        decode = time.perf_counter() - start - (self._compile_seconds - compiled)
+        ids = [row[row != NOTHING] for row in np.concatenate(columns, axis=1)]
+        return ids, Timings(self._compile_seconds, first, decode, steps)
+
+    # ------------------------------------------------------------ parts
+    def _check(self, prompts: Sequence[np.ndarray], max_new_tokens: int) -> int:
+        """The longest prompt's length."""
+        if not prompts or max_new_tokens < 1:
+            raise UserError(f"{len(prompts)} prompts, max_new_tokens={max_new_tokens}: give at least one of each")
+        for number, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise UserError(f"prompt {number} has no token; give some text")
+            if int(np.max(prompt)) >= self.config.vocab_size or int(np.min(prompt)) < 0:
+                raise UserError(
+                    f"prompt {number} has the token {int(np.max(prompt))}, which the embedding of "
+                    f"model.vocab_size={self.config.vocab_size} has no row for; use the model's own tokenizer"
+                )
+        widest = max(len(prompt) for prompt in prompts)
+        if self.config.position.kind == "learned" and widest + max_new_tokens > self.config.max_seq_len:
+            raise UserError(
+                f"{widest} prompt tokens and max_new_tokens={max_new_tokens} exceed the learned positions, "
+                f"model.max_seq_len={self.config.max_seq_len}; shorten one"
+            )
+        return widest
+
+    def _request(
+        self, samplings: Sequence[Sampling], seeds: Sequence[int], limit: int, stop_ids: Sequence[int], batch: int
+    ) -> Request:
+        idle = batch - len(samplings)
+        stops = np.full(_round(len(stop_ids), 4), NOTHING, np.int32)
+        stops[: len(stop_ids)] = list(stop_ids)
+        keys = jax.vmap(jax.random.key)(np.array([*seeds, *[0] * idle], np.uint32))
+        return Request(
+            Rows(*(self._rows(column) for column in rows_of([*samplings, *[Sampling(0.0)] * idle]))),
+            self._rows(keys),
+            self._rows(np.array([limit] * len(samplings) + [0] * idle, np.int32)),
+            self._everywhere(stops),
+        )
+
+    def _prefill(
+        self, prompts: Sequence[np.ndarray], request: Request, batch: int, capacity: int, planned: int
+    ) -> tuple[State, Cache]:
+        """The state after the first token of every row."""
+        lengths = np.array([len(p) for p in prompts] + [0] * (batch - len(prompts)))
+        width = min(_round(int(lengths.max()), 16), PREFILL)
+        padded = np.zeros((batch, -(-int(lengths.max()) // width) * width), np.int32)
+        for row, prompt in zip(padded, prompts, strict=False):
+            row[: len(prompt)] = prompt
+        cache = self._empty(batch, capacity, planned)
+        logits = self._rows(np.zeros((batch, self.config.vocab_size), np.float32))
+        for column in range(0, padded.shape[1], width):
+            counts = np.clip(lengths - column, 0, width).astype(np.int32)
+            block = self._rows(padded[:, column : column + width])
+            logits, cache = self._call(
+                "read", (batch, width, capacity), _read, (1, 4), self.model, cache, block, self._rows(counts), logits
+            )
+        zeros = np.zeros(batch, np.int32)
+        state = State(self._rows(zeros), self._rows(zeros.copy()), self._rows(lengths == 0))
+        state = self._call("draw", (batch, len(request.stops)), _draw, (1,), logits, state, request)
+        return state, cache
+
+    def _steps(
+        self, state: State, cache: Cache, request: Request, halted: Array, count: int
+    ) -> tuple[State, Cache, Array]:
+        shape = (len(state.token), cache.capacity, len(request.stops))
+        return self._call(
+            "steps",
+            shape,
+            _decode,
+            (1, 2),
+            self.model,
+            state,
+            cache,
+            request,
+            halted,
+            self._everywhere(np.int32(count)),
+        )
+
+    def _empty(self, batch: int, capacity: int, planned: int) -> Cache:
+        make = functools.partial(init_cache, self.config, batch, capacity, self.execution.activation, planned)
+        if self.mesh is None:
+            return jax.jit(make)()
+        return jax.jit(make, out_shardings=self._places(jax.eval_shape(make)))()
+
+    def _call(
+        self, name: str, shape: tuple[int, ...], f: Callable[..., Any], donate: tuple[int, ...], *args: Any
+    ) -> Any:
+        """f(*args), compiled once for a name and shape; compilation is timed apart."""
+        key = (name, *shape)
+        if key not in self._programs:
+            start = time.perf_counter()
+            bound = functools.partial(f, execution=self.execution) if name != "draw" else f
+            out = self._out(name, args)
+            jitted = jax.jit(bound, donate_argnums=donate, **({} if out is None else {"out_shardings": out}))
+            self._programs[key] = jitted.lower(*args).compile()
+            self._compile_seconds += time.perf_counter() - start
+        return self._programs[key](*args)
+
+    def _out(self, name: str, args: Any) -> Any:
+        """Where results live: where the arguments of the same kind do, so that one program follows another."""
+        if self.mesh is None:
+            return None
+
+        def here(tree: Any) -> Any:
+            return jax.tree.map(lambda a: a.sharding, tree)
+
+        if name == "read":
+            return here(args[4]), here(args[1])
+        if name == "draw":
+            return here(args[1])
+        return here(args[1]), here(args[2]), NamedSharding(self.mesh, PartitionSpec())
+
+    # ------------------------------------------------------------ places
+    def _places(self, cache: Cache) -> Cache:
+        """Shardings of a cache's arrays: rows over the batch's mesh axes where they divide, heads over theirs."""
+        mesh = self.mesh
+        assert mesh is not None
+        rules = {"pair": (), **self.rules, "position": ()}
+        if len(cache.lengths.shape) and cache.lengths.shape[0] % batch_ways(self.rules, mesh):
+            rules["batch"] = ()
+
+        def place(axes: tuple[str, ...], array: Any) -> NamedSharding:
+            return NamedSharding(mesh, spec_of(axes, tuple(array.shape), rules, mesh, "cache"))
+
+        return map_cache(cache, place)
+
+    def _rows(self, array: Any) -> Any:
+        """An array with a leading batch axis where it belongs."""
+        if self.mesh is None:
+            return jnp.asarray(array)
+        ways = batch_ways(self.rules, self.mesh)
+        spec = PartitionSpec(self.rules["batch"]) if array.shape[0] % ways == 0 else PartitionSpec()
+        return jax.device_put(array, NamedSharding(self.mesh, spec))
+
+    def _everywhere(self, array: Any) -> Any:
+        return (
+            jnp.asarray(array)
+            if self.mesh is None
+            else jax.device_put(array, NamedSharding(self.mesh, PartitionSpec()))
+        )
+
+
+# ---------------------------------------------------------------- compiled
+def _read(
+    model: Transformer,
+    cache: Cache,
+    tokens: Int[Array, "batch width"],
+    counts: Int[Array, " batch"],
+    logits: Float[Array, "batch vocab"],
+    execution: Execution,
+) -> tuple[Float[Array, "batch vocab"], Cache]:
+    """(logits of each row's last token so far, the cache with these tokens)."""
+    new, cache = model.decode(tokens, cache, counts, execution, last=True)
+    return jnp.where(counts[:, None] > 0, new[:, 0], logits), cache
+
+
+def _draw(logits: Float[Array, "batch vocab"], state: State, request: Request) -> State:
+    """The next token of every row that is not done; NOTHING for the others."""
+    token = sample(logits, request.rows, request.keys, state.drawn)
+    token = jnp.where(state.done, NOTHING, token)
+    drawn = state.drawn + ~state.done
+    ended = jnp.any(token[:, None] == request.stops, axis=1) | (drawn >= request.limit)
+    return State(token, drawn, state.done | ended)
+
+
+def _decode(
+    model: Transformer,
+    state: State,
+    cache: Cache,
+    request: Request,
+    halted: Bool[Array, " batch"],
+    count: Int[Array, ""],
+    execution: Execution,
+) -> tuple[State, Cache, Int[Array, "batch steps"]]:
+    """`count` steps: (state, cache, the tokens drawn [batch, MOST_STEPS], NOTHING beyond)."""
+    state = state._replace(done=state.done | halted)
+
+    def step(i: Any, carry: Any) -> Any:
+        state, cache, out = carry
+        # A row that is done reads nothing, so its cache stays as it is.
+        reads = (~state.done).astype(jnp.int32)
+        logits, cache = model.decode(jnp.maximum(state.token, 0)[:, None], cache, reads, execution)
+        state = _draw(logits[:, 0], state, request)
+        return state, cache, out.at[:, i].set(state.token)
+
+    out = jnp.full((len(state.token), MOST_STEPS), NOTHING, jnp.int32)
+    return jax.lax.fori_loop(0, count, step, (state, cache, out))
+
+
+def _mesh_of(model: Transformer) -> Mesh | None:
+    """The mesh the model's arrays are on, None on a single device."""
+    sharding = jax.tree.leaves(model)[0].sharding
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
+
+
+def _round(size: int, least: int) -> int:
+    """The next power of two, or from 1024 on the next multiple of 1024; at least `least`."""
+    if size > 1024:
+        return -(-size // 1024) * 1024
+    return max(least, 1 << max(size - 1, 0).bit_length())
