@@ -322,24 +322,30 @@ def model_list(as_json: Json = False) -> None:
     if as_json:
         _print_json({"models": rows})
         return
-    print(f"{'name':<24}{'total':>18}{'active':>18}{'KV B/token':>12}  licence")
-    for row in rows:
-        print(
-            f"{row['name']:<24}{row['params_total']:>18,}{row['params_active']:>18,}{row['kv_bytes_per_token']:>12,}"
-            f"  {(row['licence'] or '-')[:26]}"
-        )
+    from llamax.museum import list_lines
+
+    for line in list_lines(rows):
+        print(line)
 
 
 @model_app.command("show")
 def model_show(
-    name: Annotated[str, typer.Argument(help="A shipped model or its hub id.")],
+    name: Annotated[str, typer.Argument(help="A shipped model or its hub id, in any case.")],
     seq_len: Annotated[int | None, typer.Option(help="Context length for FLOPs; default the model's own.")] = None,
+    device: Annotated[str, typer.Option(help="Kind of device to count for memory, such as h200 or tpu-v5p.")] = "h100",
     as_json: Json = False,
 ) -> None:
-    """One model: parameters by component, FLOPs a token by convention, memory."""
+    """One model: its card, parameters by component, FLOPs a token, cache, and memory to train and to serve."""
     from llamax.accounting.cards import show_model
 
-    _emit(show_model(name, seq_len), as_json)
+    found = show_model(name, seq_len, device)
+    if as_json:
+        _print_json(found)
+        return
+    from llamax.museum import show_lines
+
+    for line in show_lines(found):
+        print(line)
 
 
 @config_app.command("show")

@@ -9,7 +9,7 @@ from llamax.accounting.flops import (
     training_flops_per_token,
 )
 from llamax.accounting.horizon import Horizon, horizon
-from llamax.accounting.memory import MEMORY_RULES, memory_bytes
+from llamax.accounting.memory import MEMORY_RULES, memory_bytes, training_state_bytes
 from llamax.accounting.params import Leaf, Params, count_params, leaves
 from llamax.accounting.peaks import Mfu, mfu
 
@@ -35,4 +35,5 @@ __all__ = [
     "mfu",
     "show_model",
     "training_flops_per_token",
+    "training_state_bytes",
 ]

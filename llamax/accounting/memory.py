@@ -28,19 +28,26 @@ MEMORY_RULES: dict[str, str] = {
 
 def memory_bytes(config: RunConfig) -> dict[str, int]:
     """Bytes of a training step by the keys of `MEMORY_RULES`, over the whole mesh."""
-    rows = list(leaves(config.model))
     train = config.train
-    learned = [leaf for leaf in rows if leaf.group != "buffer"]  # a rule moves the others, without gradient or moments
-    params = sum(leaf.size for leaf in learned)
+    state = training_state_bytes(config.model, config.optimizer.kind)
     microbatch = train.batch_size // train.grad_accumulation * train.seq_len
-    result = {
-        "parameters": _F32 * sum(leaf.size for leaf in rows),
-        "optimizer": _F32 * sum(_moments(leaf, config.optimizer.kind) for leaf in learned),
-        "gradients": _F32 * params * (1 if train.grad_accumulation == 1 else 2),
+    result = state | {
+        "gradients": state["gradients"] * (1 if train.grad_accumulation == 1 else 2),
         "activations": microbatch * _activation_bytes_per_token(config.model, train),
         "logits": 2 * _F32 * config.model.vocab_size * min(train.loss_chunk or microbatch, microbatch),
     }
     return result | {"total": sum(result.values())}
+
+
+def training_state_bytes(model: ModelConfig, optimizer: str = "adamw") -> dict[str, int]:
+    """Bytes of parameters, gradients and optimizer state, as in `MEMORY_RULES` without accumulation; exact."""
+    rows = list(leaves(model))
+    learned = [leaf for leaf in rows if leaf.group != "buffer"]  # a rule moves the others, without gradient or moments
+    return {
+        "parameters": _F32 * sum(leaf.size for leaf in rows),
+        "optimizer": _F32 * sum(_moments(leaf, optimizer) for leaf in learned),
+        "gradients": _F32 * sum(leaf.size for leaf in learned),
+    }
 
 
 def _moments(leaf: Leaf, optimizer: str) -> int:
