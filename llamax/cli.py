@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llamax import generating
 from llamax.console import emit as _emit
 from llamax.console import print_json as _print_json
 from llamax.errors import Interrupted, UserError
@@ -28,6 +29,7 @@ app.add_typer(sweep_app, name="sweep")
 app.add_typer(data_app, name="data")
 app.add_typer(model_app, name="model")
 app.add_typer(config_app, name="config")
+app.command("generate")(generating.generate)
 model_app.command("import")(hub_commands.model_import)
 model_app.command("export")(hub_commands.model_export)
 

@@ -6,7 +6,9 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from llamax.errors import UserError
 
@@ -17,6 +19,57 @@ if TYPE_CHECKING:
     from llamax.text.tokenizers import Tokenizer
 
 HOLE = "<FILL_ME>"  # where an infilling prompt is to be filled, as transformers spells it
+
+
+def generate(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory or a Hugging Face folder.")],
+    prompt: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="One or more prompts.")] = None,
+    prompt_file: Annotated[list[Path] | None, typer.Option(help="A file that is a prompt; may be repeated.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to draw at most, for every prompt.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this probability.")] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Drop tokens under this share of the likeliest one's probability.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the first prompt; the next has the next.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Prompts are what a user says, or JSON lists of messages.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="The system message of --chat.")] = None,
+    infill: Annotated[str | None, typer.Option(help=f"Fill the {HOLE} in the prompt: psm or spm (Code Llama).")] = None,
+    compute: Annotated[str, typer.Option(help="Number format of products and cache: float32 or bfloat16.")] = "float32",
+    mesh: Annotated[list[str] | None, typer.Option(help="Devices along an axis, as tensor=2; may be repeated.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Continue text with a trained model; text on stdout as it comes, speed on stderr."""
+    texts = [_text(part) for part in prompt or []]
+    alone = len(texts) + len(prompt_file or []) == 1
+    result = generate_from_cli(
+        folder,
+        texts,
+        prompt_file or [],
+        max_new_tokens=max_new_tokens,
+        sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p},
+        seed=seed,
+        stops=stop or [],
+        chat=chat,
+        system=system,
+        infill=infill,
+        compute=compute,
+        mesh=mesh or [],
+        on_text=print_text if alone and not as_json else None,
+    )
+    from llamax.console import lines, print_json
+
+    if as_json:
+        print_json(result)
+        return
+    for number, output in enumerate(result["outputs"]):
+        print("" if alone else f"--- {number}\n{output['text']}")
+    for line in lines(result["timings"]):
+        print(line, file=sys.stderr)
 
 
 def generate_from_cli(
@@ -174,6 +227,11 @@ def _mesh(settings: list[str]) -> Mesh | None:
             raise UserError(f"--mesh {setting}: give an axis and its size, as tensor=2")
         sizes[axis] = int(size)
     return make_mesh(validate(MeshConfig, sizes, "--mesh"))
+
+
+def _text(argument: str) -> str:
+    """An argument of the command line as text: bytes that are none become U+FFFD."""
+    return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _read(path: Path) -> str:
