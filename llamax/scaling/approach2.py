@@ -181,7 +181,7 @@ def fit_valleys(
     u = (x - middle) / half  # in [-1, 1]: the normal equations are then well conditioned
     # Sizes of one grid differ by far more than rounding; tokens of equal runs may differ in the last bit.
     distinct = np.unique(np.round(x, 9), return_inverse=True)[1]
-    present = np.stack([weights[:, distinct == i].sum(1) > 0 for i in range(distinct.max() + 1)], axis=1)
+    present = np.stack([weights[:, distinct == i].sum(1) > 0 for i in range(int(np.max(distinct)) + 1)], axis=1)
     sound = present.sum(1) >= 3
     basis = np.stack([np.ones_like(u), u, u**2], axis=1)
     normal = np.einsum("bm,mi,mj->bij", weights, basis, basis)

@@ -129,7 +129,7 @@ def resample_counts(frame: pd.DataFrame, draws: int, rng: np.random.Generator) -
     table = pd.DataFrame({"cluster": cluster, "stratum": stratum}).drop_duplicates()
     if table["cluster"].duplicated().any():
         table = table.drop_duplicates("cluster").assign(stratum=0)
-    counts = np.zeros((draws, cluster.max() + 1))
+    counts = np.zeros((draws, int(np.max(cluster)) + 1))
     for _, members in table.groupby("stratum"):
         names = members["cluster"].to_numpy()
         counts[:, names] = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)

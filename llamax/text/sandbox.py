@@ -39,7 +39,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[Generation, loopcontrols])
         self.begin()
         del self.globals["lipsum"]
-        self.filters = {name: self._limited(name, f) for name, f in self.filters.items()}
+        self.filters.update({name: self._limited(name, f) for name, f in self.filters.items()})
         self.filters["tojson"] = _tojson
         self.filters |= {"budget": self._spend, "built": self._built}
         self.finalize = self._write
