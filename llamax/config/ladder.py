@@ -58,9 +58,7 @@ def restyle(model: Mapping[str, Any], base: str | None, style: str) -> dict[str,
     """
     match = LADDER.match(base or "")
     if match is None:
-        raise UserError(
-            f"model.style={style} rebuilds a ladder size, and model.base is {base!r}; set it to ladder/d64"
-        )
+        raise UserError(f"model.style={style} rebuilds a ladder size, and model.base is {base!r}; set it to ladder/d64")
     return styled(model, style, ladder_model(f"{match['ladder']}/d{match['width']}") or {})
 
 
