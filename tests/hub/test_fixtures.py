@@ -1,0 +1,116 @@
+"""Every family against transformers: logits, both spellings of config.json, and a round trip byte for byte."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from llamax.hub.dialects import DIALECTS, _meaning, inexpressible, read_config, write_config
+from llamax.hub.export import export_hf
+from llamax.hub.load import load_hf
+
+from .folders import NAMES, OWN, SPELLINGS, tensors
+
+# Of the reference's, those that hold nothing a fixture of ours does not run in slow tests alone.
+REFERENCE = [
+    "arctic_handwritten", "codellama", "command_r", "command_r_plus", "dbrx", "deepseek_v2", "deepseek_v2_lite",
+    "deepseek_v3", "deepseek_v32_dsa", "gemma1", "gemma2", "gemma3_mm", "gemma3_text", "glm5_dsa", "llama1",
+    "llama2_gqa", "llama3", "llama31", "llama32_tied", "llama4_maverick_text", "llama4_mm", "llama4_scout_text",
+    "mistral_nemo", "mistral_swa", "mixtral", "phi1", "phi2", "phi3_4k", "phi3_5_moe", "phi3_longrope", "qwen1_5",
+    "qwen2_moe", "qwen2_tied", "qwen3_moe", "qwen3_tied",
+]  # fmt: skip
+NORMAL = {"arctic_handwritten", "command_r", "dbrx", "gemma3_mm", "llama1", "llama4_mm", "phi3_longrope"}
+SLOW = [name if name in NORMAL else pytest.param(name, marks=pytest.mark.slow) for name in REFERENCE]
+
+
+def check(folder: Path, out: Path, whole: bool = True) -> None:
+    """Logits as transformers gives them; exported tensors are the file's; the exported config is the same model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, config = load_hf(folder)
+    saved = np.load(folder / "logits.npz")
+    forward = jax.jit(lambda m, t: m(t))
+    for part in [name.removesuffix("logits") for name in saved.files if name.endswith("logits")]:
+        if not whole and part != "text_only_":
+            continue
+        ours = forward(model, saved[f"{part}input_ids"].astype(np.int32))
+        atol = 1e-3 if config.model.dialect == "dbrx" else 2e-4
+        np.testing.assert_allclose(ours, saved[f"{part}logits"], atol=atol, rtol=1e-4)
+    export_hf(model, config, out)
+    there, back = tensors(folder), tensors(out)
+    if whole:
+        assert there.keys() == back.keys()
+    theirs = there if whole else {name.removeprefix("language_model."): a for name, a in there.items()}
+    for name, array in back.items():
+        assert (array.dtype, array.shape) == (theirs[name].dtype, theirs[name].shape), name
+        assert array.tobytes() == theirs[name].tobytes(), name
+    again = read_config(json.loads((out / "config.json").read_text()), "exported")[0]
+    assert again == config.model
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_own_fixture(name: str, tmp_path: Path) -> None:
+    check(OWN / name, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_reference_fixture(shared_reference: Path, name: str, tmp_path: Path) -> None:
+    check(shared_reference / "fixtures" / name, tmp_path / "out", whole=not name.endswith("_mm"))
+
+
+def both(folder: Path) -> tuple[dict, dict]:
+    hub = next(folder / name for name in SPELLINGS if (folder / name).is_file())
+    return json.loads((folder / "config.json").read_text()), json.loads(hub.read_text())
+
+
+def assert_same_model(folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        new, hub = (_meaning(read_config(data, folder.name)[0]) for data in both(folder))
+    # transformers 5 writes a count of multi-token modules whether or not the file has them
+    assert {**new, "mtp": 0} == {**hub, "mtp": 0}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_spellings_are_one_model(name: str) -> None:
+    assert_same_model(OWN / name)
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_both_spellings_of_the_reference(shared_reference: Path, name: str) -> None:
+    assert_same_model(shared_reference / "fixtures" / name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_dialect_says_what_it_cannot_express(name: str) -> None:
+    """No dialect fails on the model of another; those that take it give the same model back."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = read_config(both(OWN / name)[0], name)[0]
+    taken = [dialect.name for dialect in DIALECTS.values() if not inexpressible(config, dialect)]
+    assert config.dialect in taken
+    free = config.model_validate(config.as_dict() | {"dialect": None})
+    assert write_config(free, name)[1].name == taken[0]
+
+
+def test_published_configs_have_the_published_size(shared_reference: Path) -> None:
+    """Every model of models.yaml whose model_type is a dialect: its config gives exactly its parameters."""
+    import yaml
+
+    from llamax.accounting.params import count_params
+
+    rows = yaml.safe_load((shared_reference / "models.yaml").read_text())["models"]
+    checked = 0
+    for row in rows:
+        kind = row["model_type"]
+        if kind not in DIALECTS or row["params"].get("vision"):
+            continue
+        config = read_config({**row["config"], "model_type": kind, "transformers_version": "4.40.0"}, row["name"])[0]
+        assert count_params(config).total == row["params"]["total"], row["name"]
+        checked += 1
+    assert checked > 70

@@ -1,0 +1,155 @@
+"""How tensors arrive: types, fp8, shards of a mesh, memory; and what a loaded model is good for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import llamax
+from llamax.config.run import MeshConfig
+from llamax.hub import load as hub_load
+from llamax.hub.convert import export_run, import_run
+from llamax.hub.export import export_hf
+from llamax.hub.load import load_hf
+from llamax.hub.safetensors import Pending, write_file
+from llamax.mesh.rules import load_rules, make_mesh
+from llamax.model.transformer import Transformer
+from llamax.train.state import abstract_state, init_state
+
+from .folders import OWN, copy, tensors
+
+
+def leaves(model: Transformer) -> dict[str, jax.Array]:
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
+
+
+def write(folder: Path, found: dict[str, np.ndarray]) -> None:
+    write_file(folder / "model.safetensors", {k: Pending(a.dtype, a.shape) for k, a in found.items()}, found.items())
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gemma2", "phi3"])
+def test_shards_onto_a_mesh_as_it_loads(name: str) -> None:
+    """Eight devices, every axis used: the same numbers, each device holding its part alone."""
+    mesh = make_mesh(
+        MeshConfig(data=2, fsdp=2, tensor=1, expert=1) if name == "mixtral" else MeshConfig(data=4, fsdp=2)
+    )
+    whole, _ = load_hf(OWN / name)
+    cut, _ = load_hf(OWN / name, mesh)
+    for path, leaf in leaves(cut).items():
+        assert leaf.sharding.mesh == mesh
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(leaves(whole)[path]))
+    assert any(shard.data.size < leaf.size for leaf in leaves(cut).values() for shard in leaf.addressable_shards)
+
+
+def test_arrays_larger_than_any_tensor_fill_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of a few bytes, so that every tensor is cut: the same arrays."""
+    whole, _ = load_hf(OWN / "phi3")
+    monkeypatch.setattr(hub_load, "CHUNK", 100)
+    cut, _ = load_hf(OWN / "phi3")
+    for path, leaf in leaves(cut).items():
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(leaves(whole)[path]))
+
+
+def test_types_of_the_file_are_kept(tmp_path: Path) -> None:
+    folder = copy(OWN / "gemma", tmp_path / "model", dtype="bfloat16")
+    found = {name: array.astype(ml_dtypes.bfloat16) for name, array in tensors(OWN / "gemma").items()}
+    write(folder, found)
+    model, config = load_hf(folder)
+    assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype("bfloat16")}
+    export_hf(model, config, tmp_path / "out", max_shard_bytes=4000)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    back = tensors(tmp_path / "out")
+    assert {k: a.tobytes() for k, a in back.items()} == {k: a.tobytes() for k, a in found.items()}
+    again, _ = load_hf(tmp_path / "out")  # through the index
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), model, again)))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_fp8_blocks_are_scaled(tmp_path: Path) -> None:
+    """Blocks that do not divide the weight; the numbers are weight x scale of their block."""
+    block = [8, 5]
+    fields = {"quant_method": "fp8", "weight_block_size": block}
+    folder = copy(OWN / "mistral", tmp_path / "model", quantization_config=fields, dtype="float32")
+    found = tensors(OWN / "mistral")
+    wanted: dict[str, np.ndarray] = {}
+    rng = np.random.default_rng(0)
+    for name in [name for name in found if "_proj" in name]:
+        small = found[name].astype(ml_dtypes.float8_e4m3fn)
+        rows, columns = small.shape
+        scale = rng.uniform(0.5, 2.0, (-(-rows // block[0]), -(-columns // block[1]))).astype(np.float32)
+        found[name], found[f"{name}_scale_inv"] = small, scale
+        at = np.arange(rows)[:, None] // block[0], np.arange(columns)[None] // block[1]
+        wanted[name] = small.astype(np.float32) * scale[at]
+    write(folder, found)
+    model, config = load_hf(folder)
+    export_hf(model, config, tmp_path / "out")
+    back = tensors(tmp_path / "out")
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(back[name], array)
+
+
+def test_run_directory_there_and_back(tmp_path: Path) -> None:
+    """import, llamax.load, export: the same bytes; bfloat16 stays bfloat16."""
+    folder = copy(OWN / "mistral", tmp_path / "model")
+    found = {name: array.astype(ml_dtypes.bfloat16) for name, array in tensors(OWN / "mistral").items()}
+    write(folder, found)
+    assert import_run(folder, tmp_path / "run")["dtype"] == "bfloat16"
+    model, config = llamax.load(tmp_path / "run")
+    direct, _ = llamax.load(folder)
+    tokens = np.arange(8)[None] % 40
+    np.testing.assert_array_equal(np.asarray(model(tokens)), np.asarray(direct(tokens)))
+    assert config.model.dialect == "mistral"
+    export_run(tmp_path / "run", tmp_path / "out")
+    assert {k: a.tobytes() for k, a in tensors(tmp_path / "out").items()} == {k: a.tobytes() for k, a in found.items()}
+
+
+def test_a_training_state_starts_from_an_import() -> None:
+    model, config = load_hf(OWN / "qwen3_moe", dtype="float32")
+    mesh, rules = make_mesh(MeshConfig(data=1)), load_rules("default")
+    fresh = init_state(config, 10, abstract_state(config, rules, mesh))
+    state = dataclasses.replace(fresh, model=model)
+    assert jax.tree.structure(state) == jax.tree.structure(fresh)
+    assert [a.dtype for a in jax.tree.leaves(state)] == [a.dtype for a in jax.tree.leaves(fresh)]
+
+
+MEASURE = """
+import sys
+from llamax.hub.load import load_hf
+def rss(name):
+    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(name)) * 1024
+load_hf(sys.argv[1])  # everything is imported and compiled
+before = rss("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")
+model, _ = load_hf(sys.argv[2])
+import jax
+held = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+print(rss("VmHWM") - before - held)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_above_the_destination_is_within_twice_the_largest_tensor(tmp_path: Path) -> None:
+    """A model whose stacked arrays are larger than its largest tensor, 64 MiB: the peak of resident memory."""
+    fields = {"hidden_size": 1024, "intermediate_size": 16384, "head_dim": 6, "num_hidden_layers": 4}
+    folder = copy(OWN / "mistral", tmp_path / "model", **fields)
+    shapes = {"embed_tokens": (40, 1024), "lm_head": (40, 1024), "q_proj": (36, 1024), "k_proj": (6, 1024),
+              "v_proj": (6, 1024), "o_proj": (1024, 36), "up_proj": (16384, 1024), "gate_proj": (16384, 1024),
+              "down_proj": (1024, 16384)}  # fmt: skip
+    names = [name.replace("layers.2", f"layers.{i}") for name in tensors(OWN / "mistral") for i in (2, 3)]
+    names = sorted({*names, *tensors(OWN / "mistral")})
+    sizes = {n: next((s for part, s in shapes.items() if part in n), (1024,)) for n in names}
+    pending = {n: Pending(np.dtype(np.float32), shape) for n, shape in sizes.items()}
+    write_file(folder / "model.safetensors", pending, ((n, np.ones(shape, np.float32)) for n, shape in sizes.items()))
+    command = [sys.executable, "-c", MEASURE, str(OWN / "mixtral"), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) <= 2 * 16384 * 1024 * 4
