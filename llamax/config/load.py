@@ -22,7 +22,7 @@ from llamax.errors import UserError
 
 C = TypeVar("C", bound=Frozen)
 _RUN_DEFAULTS: dict[str, Any] = {"optimizer": {"kind": "adamw"}, "data": {"tokenizer": {"kind": "bytes"}}}
-_MODEL_DEFAULTS: dict[str, Any] = {"norm": {"kind": "rmsnorm"}}
+_MODEL_DEFAULTS: dict[str, Any] = {"norm": {"kind": "rmsnorm"}, "attention": {"kind": "gqa"}}
 
 
 def validate(cls: type[C], data: Any, where: str) -> C:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from llamax.accounting import MEMORY_RULES, count_params, kv_cache_bytes_per_token, memory_bytes
-from llamax.config.load import load_model, load_run
+from llamax.accounting import MEMORY_RULES, count_params, kv_cache_bytes_per_token, memory_bytes, training_state_bytes
+from llamax.config.load import load_model, load_run, run_from_data
 
 
 def test_keys_and_total() -> None:
@@ -38,9 +40,10 @@ def test_optimizer_bytes_are_those_of_the_real_state(kind: str, model: str) -> N
 
 
 OTHER = ["train.seq_len=32", "model.mlp.kind=gelu", "model.placement=sandwich"]
+LATENT = "model.attention={kind: mla, heads: 4, q_rank: 48, kv_rank: 32, nope_dim: 24, rope_dim: 8, value_dim: 32}"
 
 
-@pytest.mark.parametrize(("remat", "change"), [("none", []), ("full", []), ("none", OTHER)])
+@pytest.mark.parametrize(("remat", "change"), [("none", []), ("full", []), ("none", OTHER), ("none", [LATENT])])
 def test_activations_are_within_a_factor_of_two_of_xla(remat: str, change: list[str]) -> None:
     """XLA's scratch for the gradient of the loss, less the gradients themselves, which it must hold too."""
     from llamax.model.execution import Execution
@@ -60,6 +63,38 @@ def test_activations_are_within_a_factor_of_two_of_xla(remat: str, change: list[
     predicted = memory_bytes(config)
     estimate = predicted["activations"] + predicted["logits"]
     assert 0.5 < estimate / analysis.temp_size_in_bytes < 2.0, (estimate, analysis.temp_size_in_bytes)
+
+
+def test_state_of_what_no_gradient_reaches() -> None:
+    """By hand: V3's prediction module is trained, so it has gradients and moments; its router biases have neither."""
+    params, state = count_params(load_model("deepseek_v3/671b")), training_state_bytes(load_model("deepseek_v3/671b"))
+    trained = params.total + params.mtp
+    assert state == {
+        "parameters": 4 * (trained + params.buffers + 256),  # the module's own router bias is in no count
+        "optimizer": 8 * trained,
+        "gradients": 4 * trained,
+    }
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_every_component_takes_room(remat: str) -> None:
+    """An indexer, a shared expert, a branch, a prediction module: each more than without it."""
+    mla = {"kind": "mla", "heads": 2, "q_rank": 8, "kv_rank": 8, "nope_dim": 8, "rope_dim": 8, "value_dim": 8}
+    moe = {"kind": "moe", "experts": 4, "top_k": 2, "expert": {"kind": "swiglu", "d_ff": 32}}
+    indexer = {"heads": 2, "head_dim": 8, "top_k": 4}
+    shared = {"kind": "swiglu", "d_ff": 64}
+    steps = [
+        {"attention": mla}, {"attention": mla | {"indexer": indexer}}, {"mlp": moe}, {"mlp": moe | {"shared": shared}},
+        {"mlp": moe | {"shared": shared}, "branch": moe},
+    ]  # fmt: skip
+
+    def size(change: dict[str, Any]) -> int:
+        data = {"model": {"base": "ladder/d64"} | change, "train": {"steps": 1, "remat": remat}}
+        return memory_bytes(run_from_data({"base": "tiny"} | data))["activations"]
+
+    assert size(steps[0]) < size(steps[1])
+    assert size(steps[2]) < size(steps[3]) < size(steps[4])
+    assert size(steps[0]) < size(steps[0] | {"mtp": 1}) < size(steps[0] | {"mtp": 2})
 
 
 def test_remat_keeps_less() -> None:

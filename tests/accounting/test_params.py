@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from llamax.config.files import shipped
 from llamax.config.load import load_model, validate
 from llamax.config.model import ModelConfig
 
-from .random_models import random_model
+from .random_models import random_family_model, random_model
 
 # Sums of the weights of the checkpoints on the Hugging Face hub (rotary buffers left out): total, used by one token.
 PUBLISHED = {
@@ -85,9 +86,10 @@ def path(text: str) -> str:
     return text.lstrip(".")
 
 
+@pytest.mark.parametrize("make", [random_model, random_family_model])
 @pytest.mark.parametrize("seed", range(24))
-def test_leaves_are_the_arrays_of_the_real_model(seed: int) -> None:
-    model = random_model(seed)
+def test_leaves_are_the_arrays_of_the_real_model(make: Callable[[int], ModelConfig], seed: int) -> None:
+    model = make(seed)
     counted = {
         leaf.name: ((leaf.layers, *leaf.shape) if leaf.layers else leaf.shape, leaf.group, leaf.inputs)
         for leaf in leaves(model)
