@@ -18,9 +18,16 @@ from llamax.train.step import make_dispatch
 STEPS, BATCH, SEQ, VOCAB = 20, 16, 16, 64
 DENSE = {"kind": "swiglu", "d_ff": 32}
 MIXTURE = {"kind": "moe", "experts": 8, "top_k": 2, "expert": {"kind": "swiglu", "d_ff": 16}}
+LATENT = {"kind": "mla", "heads": 8, "q_rank": 16, "kv_rank": 8, "nope_dim": 4, "rope_dim": 4, "value_dim": 4}
+KINDS: dict[str, dict[str, Any]] = {
+    "dense": {"mlp": DENSE},
+    "mixture": {"mlp": MIXTURE},
+    "latent": {"mlp": DENSE, "attention": LATENT},
+    "sparse": {"mlp": MIXTURE, "attention": {**LATENT, "indexer": {"heads": 4, "head_dim": 8, "top_k": 6}}},
+}
 
 
-def run_config(mesh: dict[str, int], mlp: dict[str, Any], **train: Any) -> RunConfig:
+def run_config(mesh: dict[str, int], kind: str, **train: Any) -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": {
@@ -30,7 +37,7 @@ def run_config(mesh: dict[str, int], mlp: dict[str, Any], **train: Any) -> RunCo
                 "segments": [{"repeat": 2}],
                 "attention": {"kind": "gqa", "heads": 8, "kv_heads": 4},
                 "position": {"kind": "rope"},
-                "mlp": mlp,
+                **KINDS[kind],
             },
             "mesh": mesh,
             "train": {"steps": STEPS, "batch_size": BATCH, "seq_len": SEQ, "steps_per_dispatch": STEPS, **train},
@@ -56,7 +63,7 @@ def losses(config: RunConfig, devices: list[jax.Device]) -> dict[str, np.ndarray
 
 @functools.cache
 def single(kind: str) -> dict[str, np.ndarray]:
-    return losses(run_config({"data": 1}, MIXTURE if kind == "mixture" else DENSE), jax.devices()[:1])
+    return losses(run_config({"data": 1}, kind), jax.devices()[:1])
 
 
 MESHES = [
@@ -64,6 +71,7 @@ MESHES = [
     ({"fsdp": 8, "data": 1}, "dense"),
     ({"data": 2, "tensor": 4}, "dense"),
     ({"fsdp": 2, "expert": 4, "data": 1}, "mixture"),
+    ({"data": 2, "tensor": 4}, "latent"),
 ]
 MORE = [
     ({"data": 8, "rules": "replicated"}, "dense"),
@@ -71,6 +79,7 @@ MORE = [
     ({"data": 8}, "mixture"),
     ({"fsdp": 8, "data": 1}, "mixture"),
     ({"data": 2, "tensor": 4}, "mixture"),
+    ({"data": 1, "fsdp": 2, "tensor": 2, "expert": 2}, "sparse"),
 ]
 
 
@@ -80,10 +89,13 @@ MORE = [
     ids=lambda value: value if isinstance(value, str) else ",".join(f"{k}={v}" for k, v in value.items()),
 )
 def test_losses_equal_one_device(mesh: dict[str, int], kind: str) -> None:
-    one, many = single(kind), losses(run_config(mesh, MIXTURE if kind == "mixture" else DENSE), jax.devices())
+    one, many = single(kind), losses(run_config(mesh, kind), jax.devices())
     assert one["loss"][-1] < one["loss"][0] - 0.3
-    np.testing.assert_allclose(many["loss"], one["loss"], rtol=1e-5)
-    np.testing.assert_allclose(many["grad_norm"], one["grad_norm"], rtol=1e-3)
-    if kind == "mixture":
+    np.testing.assert_allclose(many["loss"][:8], one["loss"][:8], rtol=1e-5)
+    # Rounding may flip the indexer's choice between two keys, after which two runs are no longer the same to the last
+    # digits; here it does at step 10 (with top_k = SEQ, nothing to choose, they agree to 1e-6 throughout).
+    np.testing.assert_allclose(many["loss"], one["loss"], rtol=1e-4 if kind == "sparse" else 1e-5)
+    np.testing.assert_allclose(many["grad_norm"], one["grad_norm"], rtol=1e-2 if kind == "sparse" else 1e-3)
+    if "moe_balance_loss" in one:
         np.testing.assert_allclose(many["moe_balance_loss"], one["moe_balance_loss"], rtol=1e-3)
         assert np.all(many["moe_drop_fraction"] == 0)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -142,6 +144,83 @@ def test_layer_is_projections_around_attend(bias: bool) -> None:
     expected = expected + np.asarray(layer.out_bias[...]) if bias else expected
     found = jax.jit(lambda m, x: m(x, jnp.asarray(table), None, Execution())[0])(layer, x)
     np.testing.assert_allclose(found, expected, atol=5e-6)
+
+
+def test_positions_selection_and_value_width() -> None:
+    """Rows at positions of their own, an empty slot, keys left out, values wider than keys: value and gradient."""
+    rng = np.random.default_rng(0)
+    q, k = rng.standard_normal((2, 3, 4, 5)).astype(np.float32), rng.standard_normal((2, 6, 2, 5)).astype(np.float32)
+    v, g = rng.standard_normal((2, 6, 2, 7)).astype(np.float32), rng.standard_normal((2, 3, 4, 7)).astype(np.float32)
+    queries, keys = np.array([[4, 5, 6], [9, 10, 11]]), np.array([[5, 2, 3, 4, 6, 99], [6, 7, 8, 9, 10, 11]])
+    selected = (rng.random((2, 3, 6)) < 0.7) | (queries[:, :, None] == keys[:, None, :])
+    sight = Sight(jnp.asarray(queries), jnp.asarray(keys), None, jnp.asarray(selected))
+    logits = Logits(0.5, softcap=2.0, window=5, slopes=tuple(alibi_slopes(4).tolist()), chunk=4)
+
+    def plain(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+        out = np.zeros(g.shape)
+        for b, t, h in np.ndindex(2, 3, 4):
+            here = queries[b, t]
+            seen = [s for s in range(6) if 0 <= here - keys[b, s] < 5 and here // 4 == keys[b, s] // 4]
+            seen = [s for s in seen if selected[b, t, s]]
+            scores = 2 * np.tanh(k[b, seen, h // 2] @ q[b, t, h] / 4) - alibi_slopes(4)[h] * (here - keys[b, seen])
+            out[b, t, h] = reference.softmax(scores) @ v[b, seen, h // 2]
+        return out
+
+    wide = [a.astype(np.float64) for a in (q, k, v)]
+
+    def both(*arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        y, vjp = jax.vjp(lambda *a: attend(*a, sight, logits, "float32"), *arrays)
+        return y, vjp(jnp.asarray(g))
+
+    found, gradient = jax.jit(both)(q, k, v)
+    np.testing.assert_allclose(found, plain(*wide), atol=2e-6)
+    for i, along in enumerate(gradient):
+        exact = reference.numeric_gradient(
+            lambda a, i=i: float((g * plain(*wide[:i], a, *wide[i + 1 :])).sum()), wide[i]
+        )
+        np.testing.assert_allclose(along, exact, atol=2e-5, err_msg="qkv"[i])
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("weights", ["shared", "per_head"])
+def test_clip_norm_rotary_and_temperature_in_their_order(place: Any, weights: Any) -> None:
+    config = GroupedQueryAttention.model_validate(
+        {
+            "heads": 4,
+            "kv_heads": 2,
+            "head_dim": 6,
+            "clip": 0.4,
+            "temperature": {"scale": 0.3, "floor": 2},
+            "qk_norm": {"kind": "layernorm", "bias": False},
+            "qk_norm_weights": weights,
+            "qk_norm_place": place,
+        }
+    )
+    rope = Rope(theta=100.0, layout="interleaved")
+    layer = randomized(lambda key: SelfAttention(config, rope, 8, Init(), jnp.float32(1.0), key=key))
+    x = np.random.default_rng(0).standard_normal((2, 5, 8)).astype(np.float32)
+    table = rotary_table(rope, 6, 5)
+
+    def normed(y: np.ndarray, name: str) -> np.ndarray:
+        y = y - y.mean(-1, keepdims=True)
+        return (
+            y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-5) * np.asarray(getattr(layer, f"{name}_norm").scale[...])
+        )
+
+    def made(name: str) -> np.ndarray:
+        y = np.clip(np.einsum("btd,dhe->bthe", x, getattr(layer, name)[...]), -0.4, 0.4)
+        y = normed(y, name) if place == "before" else y
+        z = (y[..., 0::2] + 1j * y[..., 1::2]) * (table[0] + 1j * table[1])[None, :, None]
+        y = np.stack([z.real, z.imag], -1).reshape(y.shape)
+        return normed(y, name) if place == "after" else y
+
+    q = made("query") * (1 + 0.3 * np.log([1, 2, 2, 3, 3]))[None, :, None, None]
+    value = np.clip(np.einsum("btd,dhe->bthe", x, layer.value[...]), -0.4, 0.4)
+    mixed = reference.attention(q, made("key"), value, scale=6**-0.5)
+    found = jax.jit(lambda m, x: m(x, jnp.asarray(table), None, Execution())[0])(layer, x)
+    np.testing.assert_allclose(found, np.einsum("bthe,hed->btd", mixed, layer.out[...]), atol=5e-6)
+    assert layer.query_norm.scale.shape == ((4, 6) if weights == "per_head" else (6,))
+    assert layer.key_norm.scale.shape == ((2, 6) if weights == "per_head" else (6,))
 
 
 def test_alibi_layer_uses_the_slopes_of_its_heads() -> None:

@@ -62,3 +62,21 @@ def test_a_mixture_reports_its_router() -> None:
     _, statistics = jax.eval_shape(lambda block: block(X, None, None, Execution()), block)
     assert set(statistics) == {"mlp"}
     assert {"balance", "z", "entropy", "dead", "dropped"} <= set(statistics["mlp"])
+
+
+def test_branch_reads_the_block_s_input() -> None:
+    """Snowflake Arctic: h = x + attn(norm(x)); h + mlp(norm(h)) + moe(norm'(x)), with the statistics of both."""
+    moe = {"kind": "moe", "experts": 4, "top_k": 2, "expert": {"kind": "swiglu", "d_ff": 8}}
+    for mlp in ({"kind": "swiglu", "d_ff": 8}, moe):
+        block = block_of(mlp=mlp, branch=moe)
+
+        def written_out(block: DecoderBlock) -> jax.Array:
+            h = X + block.attention(block.attention_norm(X), None, None, Execution())[0]
+            m = block.mlp(block.mlp_norm(h), Execution())
+            out = h + (m[0] if isinstance(m, tuple) else m)
+            return out + block.branch(block.branch_norm(X), Execution())[0]
+
+        both = jax.jit(lambda block, f=written_out: (*block(X, None, None, Execution()), f(block)))
+        found, statistics, expected = both(block)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        assert set(statistics) == ({"branch", "mlp"} if mlp is moe else {"branch"})

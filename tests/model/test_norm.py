@@ -47,3 +47,37 @@ def test_statistics_are_float32_for_bfloat16_inputs() -> None:
     wide = np.asarray(x, np.float64)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(y, np.float64), wide / np.sqrt((wide**2).mean(-1, keepdims=True)), rtol=2**-8)
+
+
+def test_one_plus_multiplies_in_float32_and_starts_neutral() -> None:
+    """Gemma: x (1 + w) rounded once. With w at 1/1000 a product in bfloat16 could not tell 1 + w from 1."""
+    fresh = Normalize(RMSNorm(weight="one_plus"), 8)
+    assert np.all(np.asarray(fresh.scale[...]) == 0)
+    norm = randomized(lambda _: Normalize(RMSNorm(eps=0.5, weight="one_plus"), 8))
+    plain = X / np.sqrt((X**2).mean(-1, keepdims=True) + 0.5)
+    np.testing.assert_allclose(norm(jnp.asarray(X)), plain * (1 + np.asarray(norm.scale[...])), rtol=2e-6)
+    fine = Normalize(RMSNorm(eps=1e-6, weight="one_plus"), 256)
+    fine.scale.set_value(jnp.full(256, 1e-3))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((16, 256)), jnp.bfloat16)
+    wide = np.asarray(x, np.float64)
+    exact = jnp.asarray(wide / np.sqrt((wide**2).mean(-1, keepdims=True)) * 1.001, jnp.bfloat16)
+    assert float(jnp.mean(fine(x) == exact)) > 0.99
+
+
+def test_weightless_rmsnorm_has_no_parameter() -> None:
+    norm = Normalize(RMSNorm(eps=0.5, weight="none"), 8)
+    assert not hasattr(norm, "scale")
+    np.testing.assert_allclose(norm(jnp.asarray(X)), X / np.sqrt((X**2).mean(-1, keepdims=True) + 0.5), rtol=2e-6)
+
+
+@pytest.mark.parametrize("config", [RMSNorm(eps=0.5), LayerNorm(eps=0.5)], ids=["rmsnorm", "layernorm"])
+def test_weights_per_head(config: RMSNorm | LayerNorm) -> None:
+    """[..., heads, width]: each head is normed with its own weights."""
+    norm = randomized(lambda _: Normalize(config, (3, 8), ("heads", "head_dim")))
+    found = np.asarray(norm(jnp.asarray(X)))
+    for head in range(3):
+        one = Normalize(config, 8)
+        one.scale.set_value(norm.scale[...][head])
+        if isinstance(config, LayerNorm):
+            one.bias.set_value(norm.bias[...][head])
+        np.testing.assert_allclose(found[:, head], one(jnp.asarray(X[:, head])), rtol=1e-5, atol=1e-6)

@@ -1,14 +1,23 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llamax.config.components import Nope, Rope, RopeLinear, RopeLlama3, RopeYarn
-from llamax.model.position import alibi_slopes, inverse_frequencies, logit_scale, rotary_table, rotate, sinusoids
+from llamax.config.components import Nope, Rope, RopeLinear, RopeLlama3, RopeLongrope, RopeYarn, Temperature
+from llamax.model.position import (
+    alibi_slopes,
+    inverse_frequencies,
+    logit_scale,
+    query_temperature,
+    rotary_table,
+    rotate,
+    sinusoids,
+)
 
 DIM = 64
 
@@ -132,6 +141,45 @@ def test_rotation_is_half_split() -> None:
     y = np.asarray(rotate(jnp.asarray(x), jnp.asarray(rotary_table(Rope(theta=100.0), 8, 6))))[0, :, 0]
     turned = (x[0, :, 0, :4] + 1j * x[0, :, 0, 4:]) * np.exp(1j * np.outer(np.arange(6), 100.0 ** -(np.arange(4) / 4)))
     np.testing.assert_allclose(y[:, :4] + 1j * y[:, 4:], turned, atol=2e-6)
+
+
+def test_interleaved_rotation() -> None:
+    """Dimension 2i turns with 2i + 1 (arXiv:2104.09864, eq. 15); the rest of a partly rotated head stays."""
+    x = np.random.default_rng(0).standard_normal((1, 6, 1, 10)).astype(np.float32)
+    table = jnp.asarray(rotary_table(Rope(theta=100.0), 8, 6))
+    y = np.asarray(rotate(jnp.asarray(x), table, "interleaved"))[0, :, 0]
+    turned = (x[0, :, 0, :8:2] + 1j * x[0, :, 0, 1:8:2]) * np.exp(1j * np.outer(range(6), 100.0 ** -(np.arange(4) / 4)))
+    np.testing.assert_allclose(y[:, :8:2] + 1j * y[:, 1:8:2], turned, atol=2e-6)
+    np.testing.assert_array_equal(y[:, 8:], x[0, :, 0, 8:])
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+def test_rows_at_different_positions(layout: Any) -> None:
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 2, 8)), jnp.float32)
+    table = jnp.asarray(rotary_table(Rope(theta=100.0), 8, 9))
+    found = rotate(x, table[:, jnp.asarray([[0, 1, 2], [5, 6, 7]])], layout)
+    np.testing.assert_allclose(found[0], rotate(x[:1], table[:, :3], layout)[0], atol=1e-6)
+    np.testing.assert_allclose(found[1], rotate(x[1:], table[:, 5:8], layout)[0], atol=1e-6)
+
+
+def test_longrope_changes_with_the_whole_length() -> None:
+    """Each frequency by its own factor: `short` up to original_max_len tokens, `long` for all positions beyond."""
+    scaling = RopeLongrope(short=(1.0, 2.0), long=(4.0, 8.0), original_max_len=16, factor=4.0)
+    rope, temperature = Rope(theta=100.0, scaling=scaling), math.sqrt(1 + math.log(4) / math.log(16))
+    for length, factors in ((16, (1.0, 2.0)), (17, (4.0, 8.0))):
+        found, multiplier = inverse_frequencies(rope, 4, length)
+        np.testing.assert_allclose(found, [1.0 / factors[0], 0.1 / factors[1]])
+        assert multiplier == pytest.approx(temperature)
+        table = rotary_table(rope, 4, length)
+        np.testing.assert_allclose(table[0, 3], temperature * np.cos(3 * found), rtol=1e-6)
+    np.testing.assert_array_equal(rotary_table(rope, 4, 8, planned=17), rotary_table(rope, 4, 17)[:, :8])
+
+
+def test_query_temperature_of_llama_4() -> None:
+    """1 + 0.1 log(1 + floor((position + 1) / 8192)): 1 for the first 8191 queries."""
+    positions = jnp.asarray([0, 8190, 8191, 16382, 16383])
+    expected = [1, 1, 1 + 0.1 * math.log(2), 1 + 0.1 * math.log(2), 1 + 0.1 * math.log(3)]
+    np.testing.assert_allclose(query_temperature(Temperature(), positions), expected, rtol=1e-6)
 
 
 def test_table_keeps_its_precision_at_long_positions() -> None:

@@ -10,6 +10,7 @@ import pytest
 import llamax.model.attention
 import llamax.model.linear
 import llamax.model.loss
+import llamax.model.mla
 from llamax.errors import UserError
 from llamax.model.execution import Execution
 from llamax.model.loss import next_token_loss
@@ -19,6 +20,8 @@ from llamax.model.transformer import Transformer
 from .modules import small_config, small_model, tokens_of
 
 MOE = {"kind": "moe", "experts": 4, "top_k": 2, "expert": {"kind": "swiglu", "d_ff": 8}}
+GQA = {"kind": "gqa", "heads": 4, "kv_heads": 2}
+MLA = {"kind": "mla", "heads": 4, "q_rank": 8, "kv_rank": 6, "nope_dim": 4, "rope_dim": 4, "value_dim": 5}
 LOCAL, GLOBAL = {"attention": {"window": 3}}, {"position": {"kind": "nope"}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -40,7 +43,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "parallel_alibi": {"residual": "parallel", "position": {"kind": "alibi"}},
     "post": {"placement": "post", "position": {"kind": "sinusoidal"}},
+    "deepseek": {"attention": {**MLA, "indexer": {"heads": 2, "head_dim": 6, "top_k": 4}}, "mlp": MOE},
+    "llama4": {
+        "position": {"kind": "rope", "layout": "interleaved"},
+        "attention": {
+            **GQA,
+            "chunk": 7,
+            "temperature": {"floor": 3},
+            "qk_norm": {"kind": "rmsnorm", "weight": "none"},
+            "qk_norm_place": "after",
+        },
+    },
+    "arctic_cohere": {"branch": MOE, "head": {"scale": 0.3}, "norm": {"kind": "rmsnorm", "weight": "one_plus"}},
 }
+
+
+REPORTED = ("balance", "z", "indexer")
 
 
 def value_and_gradient(execution: Execution):  # type: ignore[no-untyped-def]
@@ -48,7 +66,7 @@ def value_and_gradient(execution: Execution):  # type: ignore[no-untyped-def]
 
     def loss(model: Transformer, tokens: jax.Array) -> jax.Array:
         nats, z, count, routers = next_token_loss(model, tokens, None, None, jnp.float32(0.1), 4, execution)
-        return (nats + z) / count + sum(0.1 * routers[name].mean() for name in ("balance", "z") if routers)
+        return (nats + z) / count + sum(0.1 * routers[name].mean() for name in REPORTED if name in routers)
 
     return jax.jit(jax.value_and_grad(loss))
 
@@ -66,7 +84,7 @@ def assert_close(found: Any, expected: Any, tolerance: float) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_do_not_depend_on_later_tokens(name: str) -> None:
     """The gradient of the logits at position t is exactly zero for the embeddings of the tokens after it."""
-    fields = VARIANTS[name] | {"head": {"tied": False}}
+    fields = VARIANTS[name] | {"head": {**VARIANTS[name].get("head", {}), "tied": False}}
     model, t = small_model(**fields), 4
     tokens = jnp.arange(9)[None]
 
@@ -98,6 +116,14 @@ def test_unrolled_and_rematerialized_equal_the_scan() -> None:
         assert_close(value_and_gradient(execution)(model, tokens), expected, 2e-6)
 
 
+@pytest.mark.parametrize("name", ["deepseek", "arctic_cohere"])
+def test_unrolled_equals_the_scan(name: str) -> None:
+    """With remat on the way: what an indexer or a router chooses is chosen again."""
+    model, tokens = small_model(**VARIANTS[name]), tokens_of(2, 9)
+    expected = value_and_gradient(Execution())(model, tokens)
+    assert_close(value_and_gradient(Execution(remat="full", unroll=True))(model, tokens), expected, 2e-6)
+
+
 def test_remat_recomputes_what_it_says() -> None:
     """Matrix products in the backward pass: full runs the forward ones again, dots keeps those of `contract`."""
     model, tokens = small_model(), tokens_of(2, 9)
@@ -109,7 +135,7 @@ def test_remat_recomputes_what_it_says() -> None:
     assert none <= dots < full
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt", "gemma"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt", "gemma", "deepseek", "llama4", "arctic_cohere"])
 def test_explicit_backward_rules_equal_autodiff(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = small_model(**VARIANTS[name]), tokens_of(2, 9)
     found = value_and_gradient(Execution())(model, tokens)
@@ -122,6 +148,7 @@ def test_explicit_backward_rules_equal_autodiff(name: str, monkeypatch: pytest.M
 
     def plain_loss(x, w, bias, targets, weights, z_loss, softcap, chunk, compute, scale):  # type: ignore[no-untyped-def]
         logits = x @ w + (0.0 if bias is None else bias)
+        logits = logits if scale is None else logits * scale
         logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
         log_p = jax.nn.log_softmax(logits)
         nll = -jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0]
@@ -129,6 +156,7 @@ def test_explicit_backward_rules_equal_autodiff(name: str, monkeypatch: pytest.M
 
     monkeypatch.setattr(llamax.model.linear, "_contract", plain_contract)
     monkeypatch.setattr(llamax.model.attention, "attend", plain_attend)
+    monkeypatch.setattr(llamax.model.mla, "attend", plain_attend)
     monkeypatch.setattr(llamax.model.loss, "cross_entropy", plain_loss)
     assert_close(found, value_and_gradient(Execution())(model, tokens), 2e-5)
 
@@ -159,13 +187,17 @@ def test_mixed_dense_and_mixture_layers() -> None:
     assert len(statistics) == 6
 
 
-@pytest.mark.parametrize("head", [{}, {"tied": True}, {"bias": True, "softcap": 2.0}, {"tied": True, "bias": True}])
+@pytest.mark.parametrize(
+    "head",
+    [{}, {"tied": True, "scale": 0.3}, {"bias": True, "softcap": 2.0, "scale": 0.3}, {"tied": True, "bias": True}],
+)
 def test_head(head: dict[str, Any]) -> None:
     model, tokens = small_model(head=head), tokens_of(2, 5)
     w = model.embedding[...].T if head.get("tied") else model.head[...]
     features, found = jax.jit(lambda m, t: (m.features(t)[0], m(t)))(model, tokens)
     logits = np.asarray(features @ w)
     logits = logits + np.asarray(model.head_bias[...]) if head.get("bias") else logits
+    logits = logits * head.get("scale", 1.0)
     logits = 2.0 * np.tanh(logits / 2.0) if head.get("softcap") else logits
     np.testing.assert_allclose(found, logits, atol=1e-5)
     assert hasattr(model, "head") != head.get("tied", False)
@@ -252,3 +284,26 @@ def test_fan_in_of_a_tied_embedding_is_the_head_s() -> None:
     config = small_config(d_model=64, vocab_size=64, init={"kind": "fan_in", "std": 0.01}, head={"tied": True})
     model = jax.jit(lambda key: Transformer(config, key=key))(jax.random.key(0))
     assert float(model.embedding[...].std()) == pytest.approx(1 / 8, rel=0.05)
+
+
+def test_prediction_modules_written_out() -> None:
+    """arXiv:2412.19437, eq. 21-23: M [norm(Emb(t + k)); norm(h)] through one more block, module after module."""
+    model, tokens = small_model(mtp=2, embedding={"scale": "sqrt_d_model"}), tokens_of(2, 9)
+    table = jnp.asarray(rotary_table(model.config.position, 4, 6))
+
+    def found(model: Transformer) -> list[jax.Array]:
+        first, _ = model.further(0, model.features(tokens[:, :6])[0], tokens[:, 1:7])
+        return [first, model.further(1, first, tokens[:, 2:8])[0]]
+
+    def expected(model: Transformer) -> list[jax.Array]:
+        h, out = model.features(tokens[:, :6])[0], []
+        for k, module in enumerate(model.mtp):
+            e = module.embed_norm(4.0 * model.embedding[...][tokens[:, k + 1 : k + 7]])
+            both = e @ module.project[...][:16] + module.stream_norm(h) @ module.project[...][16:]
+            h = module.norm(module.block(both, table, None, Execution())[0])
+            out.append(h)
+        return out
+
+    for a, b in zip(*jax.jit(lambda m: (found(m), expected(m)))(model), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    assert not hasattr(small_model(), "mtp")
