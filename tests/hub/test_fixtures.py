@@ -13,6 +13,7 @@ import pytest
 from llamax.hub.dialects import DIALECTS, _meaning, inexpressible, read_config, write_config
 from llamax.hub.export import export_hf
 from llamax.hub.load import load_hf
+from llamax.model.execution import Execution
 
 from .folders import NAMES, OWN, SPELLINGS, tensors
 
@@ -114,3 +115,12 @@ def test_published_configs_have_the_published_size(shared_reference: Path) -> No
         assert count_params(config).total == row["params"]["total"], row["name"]
         checked += 1
     assert checked > 70
+
+
+@pytest.mark.parametrize("name", ["gemma2", "mixtral"])
+def test_bfloat16_products_stay_near_float32(name: str) -> None:
+    model, _ = load_hf(OWN / name)
+    saved = np.load(OWN / name / "logits.npz")
+    ours = jax.jit(lambda m, t: m(t, None, Execution("bfloat16", "bfloat16")))(model, saved["input_ids"])
+    error = np.sqrt(np.mean((np.asarray(ours) - saved["logits"]) ** 2)) / saved["logits"].std()
+    assert 0 < error < 0.1

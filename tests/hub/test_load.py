@@ -12,9 +12,12 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 
 import llamax
+from llamax.config.load import run_from_data, validate
+from llamax.config.model import ModelConfig
 from llamax.config.run import MeshConfig
 from llamax.hub import load as hub_load
 from llamax.hub.convert import export_run, import_run
@@ -22,8 +25,11 @@ from llamax.hub.export import export_hf
 from llamax.hub.load import load_hf
 from llamax.hub.safetensors import Pending, write_file
 from llamax.mesh.rules import load_rules, make_mesh
+from llamax.model.execution import Execution
 from llamax.model.transformer import Transformer
+from llamax.train.optimizer import make_optimizer
 from llamax.train.state import abstract_state, init_state
+from llamax.train.step import loss_and_gradients
 
 from .folders import OWN, copy, tensors
 
@@ -36,12 +42,17 @@ def write(folder: Path, found: dict[str, np.ndarray]) -> None:
     write_file(folder / "model.safetensors", {k: Pending(a.dtype, a.shape) for k, a in found.items()}, found.items())
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gemma2", "phi3"])
+MESHES = {
+    "deepseek_v3": MeshConfig(data=1, fsdp=2, tensor=2, expert=2),
+    "gemma2": MeshConfig(data=4, fsdp=2),
+    "phi3": MeshConfig(data=2, fsdp=4),
+}
+
+
+@pytest.mark.parametrize("name", MESHES)
 def test_shards_onto_a_mesh_as_it_loads(name: str) -> None:
-    """Eight devices, every axis used: the same numbers, each device holding its part alone."""
-    mesh = make_mesh(
-        MeshConfig(data=2, fsdp=2, tensor=1, expert=1) if name == "mixtral" else MeshConfig(data=4, fsdp=2)
-    )
+    """Eight devices: the same numbers, each device holding its part alone."""
+    mesh = make_mesh(MESHES[name])
     whole, _ = load_hf(OWN / name)
     cut, _ = load_hf(OWN / name, mesh)
     for path, leaf in leaves(cut).items():
@@ -105,7 +116,7 @@ def test_run_directory_there_and_back(tmp_path: Path) -> None:
     assert import_run(folder, tmp_path / "run")["dtype"] == "bfloat16"
     model, config = llamax.load(tmp_path / "run")
     direct, _ = llamax.load(folder)
-    tokens = np.arange(8)[None] % 40
+    tokens = jnp.arange(8)[None] % 40
     np.testing.assert_array_equal(np.asarray(model(tokens)), np.asarray(direct(tokens)))
     assert config.model.dialect == "mistral"
     export_run(tmp_path / "run", tmp_path / "out")
@@ -153,3 +164,47 @@ def test_memory_above_the_destination_is_within_twice_the_largest_tensor(tmp_pat
     command = [sys.executable, "-c", MEASURE, str(OWN / "mixtral"), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) <= 2 * 16384 * 1024 * 4
+
+
+def test_multi_token_module_after_the_last_layer(tmp_path: Path) -> None:
+    """Written as layer n and read back, with the copies of embedding and head that DeepSeek's files carry; a config
+    that counts a module the file lacks has none."""
+    _, run = load_hf(OWN / "deepseek_v3")
+    config = validate(ModelConfig, run.model.as_dict() | {"mtp": 1}, "test")
+    model = Transformer(config, key=jax.random.key(0))
+    export_hf(model, config, tmp_path / "out")
+    found = tensors(tmp_path / "out")
+    n = len(config.layers)
+    assert found[f"model.layers.{n}.eh_proj.weight"].shape == (config.d_model, 2 * config.d_model)
+    found[f"model.layers.{n}.embed_tokens.weight"] = found["model.embed_tokens.weight"]
+    found[f"model.layers.{n}.shared_head.head.weight"] = found["lm_head.weight"]
+    write(tmp_path / "out", found)
+    again, config_again = load_hf(tmp_path / "out")
+    assert config_again.model.mtp == 1
+    for path, leaf in leaves(again).items():
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(leaves(model)[path]))
+    write(tmp_path / "out", {name: a for name, a in found.items() if f"layers.{n}." not in name})
+    assert load_hf(tmp_path / "out")[1].model.mtp == 0
+
+
+def test_one_step_of_training_on_an_import(tmp_path: Path) -> None:
+    """From a float32 import in a fresh state: the loss is the import's own, and it falls."""
+    model, config = load_hf(OWN / "mixtral", dtype="float32")
+    train = {"steps": 20, "batch_size": 2, "seq_len": 20}
+    config = run_from_data({**config.as_dict(), "train": train, "mesh": {"data": 1}})
+    mesh, rules = make_mesh(config.mesh), load_rules("default")
+    abstract = abstract_state(config, rules, mesh)
+    state = dataclasses.replace(init_state(config, 20, abstract), model=model)
+    tokens = np.load(OWN / "mixtral" / "logits.npz")["input_ids"]
+    batch = {"tokens": jnp.asarray(tokens)}
+    losses = []
+    for _ in range(3):
+        loss, _, gradients = loss_and_gradients(state.model, batch, state.hyper, config, Execution())
+        optimizer = make_optimizer(config.optimizer, state.hyper, jnp.float32(1e-2))
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.model)
+        state = dataclasses.replace(state, model=optax.apply_updates(state.model, updates), opt_state=opt_state)
+        losses.append(float(loss))
+    logits = np.load(OWN / "mixtral" / "logits.npz")["logits"].astype(np.float64)[:, :-1]
+    nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
+    np.testing.assert_allclose(losses[0], nats.mean(), rtol=1e-4)
+    assert losses[2] < losses[0]
