@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from llamax.errors import UserError
 
 if TYPE_CHECKING:
+    from llamax.hub.convert import load
     from llamax.hub.export import export_hf
     from llamax.hub.load import load_hf
     from llamax.report.ledger import curves, ledger
-    from llamax.train.load import load
 
 try:
     __version__ = version("llamax")
@@ -27,7 +27,7 @@ __all__ = ["UserError", "__version__", "curves", "export_hf", "ledger", "load", 
 
 # Resolved on first use: importing llamax must not import JAX or pandas.
 _LAZY = {
-    "load": "llamax.train.load",
+    "load": "llamax.hub.convert",
     "load_hf": "llamax.hub.load",
     "export_hf": "llamax.hub.export",
     "ledger": "llamax.report.ledger",

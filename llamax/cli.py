@@ -9,11 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from llamax import generating
+from llamax import converting, generating
 from llamax.console import emit as _emit
 from llamax.console import print_json as _print_json
 from llamax.errors import Interrupted, UserError
-from llamax.hub import commands as hub_commands
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,8 +29,8 @@ app.add_typer(data_app, name="data")
 app.add_typer(model_app, name="model")
 app.add_typer(config_app, name="config")
 app.command("generate")(generating.generate)
-model_app.command("import")(hub_commands.model_import)
-model_app.command("export")(hub_commands.model_export)
+model_app.command("import")(converting.model_import)
+model_app.command("export")(converting.model_export)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b.c=value]...", help="Config fields to set.")]

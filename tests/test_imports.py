@@ -19,7 +19,7 @@ ROWS = [
     {"accounting", "text"},
     {"mesh", "data", "model"},
     {"train"},
-    {"tune", "quant", "interop", "generate"},
+    {"tune", "quant", "hub", "generate"},
     {"report", "scaling", "sweep"},
     {path.stem for path in PACKAGE.glob("*.py")} - {"errors"},
 ]

@@ -11,13 +11,15 @@ import jax
 
 from llamax.accounting.params import count_params
 from llamax.config.load import dump_yaml, run_from_data
+from llamax.config.run import RunConfig
+from llamax.errors import UserError
 from llamax.hub.export import copy_tokenizer, export_hf, fresh_folder
 from llamax.hub.load import load_hf
 from llamax.model.transformer import Transformer
 from llamax.train.checkpoints import Checkpoints
 from llamax.train.env import environment
-from llamax.train.load import load
-from llamax.train.run_dir import CHECKPOINTS, CONFIG, ENV
+from llamax.train.load import load_run
+from llamax.train.run_dir import CHECKPOINTS, CONFIG, ENV, is_run
 
 TOKENIZER = "tokenizer"  # the folder of a run directory that holds an imported model's tokenizer files
 
@@ -26,6 +28,20 @@ class _Weights(NamedTuple):
     """The part of a training state that an imported model has; its paths are the training state's."""
 
     model: Transformer
+
+
+def load(path: str | Path, *, step: int | None = None) -> tuple[Transformer, RunConfig]:
+    """The model of a run directory (`load_run`) or of a Hugging Face folder (`load_hf`, on the first device), and its
+    config. `model(tokens)` gives float32 logits [batch, seq, vocab].
+
+    Raises:
+        UserError: neither of the two, no good checkpoint, or a `step` of a folder that has none.
+    """
+    if is_run(Path(path)):
+        return load_run(path, step=step)
+    if step is not None:
+        raise UserError(f"{path}: not a run directory (no config.yaml), so it has no step {step}; leave step out")
+    return load_hf(path)
 
 
 def import_run(source: str | Path, run_dir: str | Path) -> dict[str, Any]:
@@ -68,7 +84,7 @@ def export_run(run_dir: str | Path, folder: str | Path, step: int | None = None)
     Raises:
         UserError: no run or no good checkpoint there, no dialect for the model, or a folder that is not empty.
     """
-    model, config = load(run_dir, step=step)
+    model, config = load_run(run_dir, step=step)
     export_hf(model, config, folder)
     written = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     return {"folder": str(folder), "model_type": written["model_type"], "dtype": written["torch_dtype"]}

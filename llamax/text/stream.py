@@ -13,7 +13,8 @@ HALF = "\ufffd"  # what a character whose bytes are not all there decodes to
 class TextStream:
     """The text of one continuation, given id by id.
 
-    `text` is all of it so far, cut before the first of the `stops` that appears in it; `stopped` says that one did.
+    `text` is all of it so far, cut before the first of the `stops` that is complete in it (the longest of those that
+    end together), however the text falls into tokens; `stopped` says that one was.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Ids = (), stops: Sequence[str] = ()):
@@ -47,9 +48,9 @@ class TextStream:
         self._start, self._read = self._read, len(self._ids)
         searched = max(0, len(self.text) - max((len(stop) for stop in self._stops), default=0))
         self.text += new
-        found = [at for stop in self._stops if (at := self.text.find(stop, searched)) >= 0]
+        found = [(at + len(stop), at) for stop in self._stops if (at := self.text.find(stop, searched)) >= 0]
         if found:
-            self.text, self.stopped = self.text[: min(found)], True
+            self.text, self.stopped = self.text[: min(found)[1]], True
 
     def _release(self, all_of_it: bool) -> str:
         """What of the text was not given yet, less an ending that may become a stop string."""

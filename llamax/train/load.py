@@ -23,23 +23,18 @@ from llamax.train.run_dir import is_run, read_config
 from llamax.train.step import execution_of
 
 
-def load(run_dir: str | Path, *, step: int | None = None) -> tuple[Transformer, RunConfig]:
+def load_run(run_dir: str | Path, *, step: int | None = None) -> tuple[Transformer, RunConfig]:
     """The model of a run directory, from its newest good checkpoint (or that of `step`), and its config.
 
     `model(tokens)` gives float32 logits [batch, seq, vocab]. Arrays are placed on this process's devices by the run's
-    own mesh rules, with a mesh of data parallelism only. A Hugging Face folder is also taken, on the first device
-    (`llamax.hub.load.load_hf` shards it over a mesh).
+    own mesh rules, with a mesh of data parallelism only.
 
     Raises:
-        UserError: neither a run nor a Hugging Face folder, or no good checkpoint.
+        UserError: not a run, or no good checkpoint.
     """
     path = Path(run_dir)
     if not is_run(path):
-        from llamax.hub.load import load_hf
-
-        if step is not None:
-            raise UserError(f"{path}: not a run directory (no config.yaml), so it has no step {step}; leave step out")
-        return load_hf(path)
+        raise UserError(f"{path}: not a run directory (no config.yaml); give the --run-dir of a training run")
     config = read_config(path)
     local = config.mesh.model_copy(update={"data": -1, "fsdp": 1, "tensor": 1, "expert": 1})
     mesh = make_mesh(local)
@@ -56,10 +51,10 @@ def evaluate_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str
     `train.batch_size=8`, `mesh.*`), not the model.
 
     Raises:
-        UserError: as `load`, or data that does not fit the model.
+        UserError: as `load_run`, or data that does not fit the model.
     """
     start()
-    model, trained = load(run_dir)
+    model, trained = load_run(run_dir)
     here = {**trained.as_dict(), "mesh": {"rules": trained.mesh.rules}}  # this machine's devices, not the training's
     config = run_from_data(here, overrides, where=str(run_dir))
     if config.model != trained.model:

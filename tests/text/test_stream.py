@@ -58,8 +58,9 @@ def test_any_ids_give_what_decoding_them_gives(tokenizer: Tokenizer, data: st.Da
 @often
 @given(text=texts, stops=st.lists(st.text(st.sampled_from("ab .é🙂"), max_size=4), max_size=3))
 def test_stop_strings(tokenizer: Tokenizer, text: str, stops: list[str]) -> None:
-    found = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
-    expected = text[: min(found)] if found else text
+    # As if read character by character: the stop that is complete first, and of those the one that began first.
+    found = [(at + len(stop), at) for stop in stops if stop and (at := text.find(stop)) >= 0]
+    expected = text[: min(found)[1]] if found else text
     stream = TextStream(tokenizer, tokenizer.encode("x"), stops)
     given, ids = "", tokenizer.encode(text, start=False).tolist()
     for i in ids:
@@ -69,6 +70,11 @@ def test_stop_strings(tokenizer: Tokenizer, text: str, stops: list[str]) -> None
             break
     assert stream.stopped == bool(found)
     assert given + stream.finish() == expected == stream.text
+
+
+def test_the_stop_that_is_complete_first_counts() -> None:
+    stream = TextStream(ByteTokenizer(), (), [".", "a.a"])
+    assert "".join(stream.push(b) for b in b"a.a") + stream.finish() == stream.text == "a"
 
 
 def test_a_stop_string_across_tokens_is_held_back_until_it_is_none() -> None:

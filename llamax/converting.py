@@ -1,4 +1,4 @@
-"""The command line's side of the hub. Importing it must not import JAX."""
+"""The command line's side of import and export. Importing it must not import JAX."""
 
 from __future__ import annotations
 
