@@ -71,9 +71,9 @@ MESHES = [
     ({"fsdp": 8, "data": 1}, "dense"),
     ({"data": 2, "tensor": 4}, "dense"),
     ({"fsdp": 2, "expert": 4, "data": 1}, "mixture"),
-    ({"data": 2, "tensor": 4}, "latent"),
 ]
 MORE = [
+    ({"data": 2, "tensor": 4}, "latent"),
     ({"data": 8, "rules": "replicated"}, "dense"),
     ({"data": 2, "fsdp": 2, "tensor": 2}, "dense"),
     ({"data": 8}, "mixture"),

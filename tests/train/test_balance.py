@@ -125,7 +125,8 @@ def test_an_optimizer_leaves_buffers_alone(optimizer: Any) -> None:
 MESHES = [{"data": 8}, {"fsdp": 2, "expert": 4, "data": 1}]
 
 
-@pytest.mark.parametrize("mesh", [MESHES[1], pytest.param(MESHES[0], marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_sharded_equals_unsharded(mesh: dict[str, int]) -> None:
     """The load is the whole global batch's, so every bias is the same to the last bit."""
 

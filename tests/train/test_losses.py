@@ -34,20 +34,25 @@ def one_batch(config: RunConfig, masked: bool = False) -> dict[str, np.ndarray]:
     return batch
 
 
+PROGRAMS: dict[str, Any] = {}
+
+
 def found(model: Transformer, batch: Any, config: RunConfig, **hyper: float) -> tuple[float, Any, Any]:
     numbers = hyper_of(config, 1) | {name: jnp.float32(value) for name, value in hyper.items()}
-    return jax.jit(lambda m, b, h: loss_and_gradients(m, b, h, config, Execution()))(model, batch, numbers)
+    compiled = jax.jit(lambda m, b, h: loss_and_gradients(m, b, h, config, Execution()))
+    return PROGRAMS.setdefault(repr(config), compiled)(model, batch, numbers)
 
 
 def shifted_by_hand(model: Transformer, tokens: np.ndarray, segments: np.ndarray | None) -> list[float]:
     """Nats per token of the model and of each module, over sequences cut to where a target is left."""
     inside = None if segments is None else jnp.asarray(segments[:, :-1])
-    stream, _ = model.features(jnp.asarray(tokens[:, :-1]), inside)
+    stream, _ = jax.jit(Transformer.features)(model, jnp.asarray(tokens[:, :-1]), inside)
     means = []
     for k in range(model.config.mtp + 1):
         if k:
             cut = None if inside is None else inside[:, : SEQ - k]
-            stream, _ = model.further(k - 1, stream[:, : SEQ - k], jnp.asarray(tokens[:, k:SEQ]), cut)
+            further = jax.jit(Transformer.further, static_argnums=1)
+            stream, _ = further(model, k - 1, stream[:, : SEQ - k], jnp.asarray(tokens[:, k:SEQ]), cut)
         logits = np.asarray(model.logits(stream), np.float64)
         nats = []
         for row in range(len(tokens)):
@@ -58,7 +63,9 @@ def shifted_by_hand(model: Transformer, tokens: np.ndarray, segments: np.ndarray
     return means
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize(
+    "masked", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "masked"]
+)
 def test_prediction_modules_equal_shifting_by_hand(masked: bool) -> None:
     config = run_config(*TWO, "train.grad_accumulation=2")
     model, batch = start(config), one_batch(config, masked)
@@ -104,7 +111,7 @@ def test_each_layer_loss_is_the_mean_over_layers_times_its_weight() -> None:
     model, batch = start(config), one_batch(config)
     none = dict.fromkeys(LAYER_LOSSES.values(), 0.0)
     _, metrics, base = found(model, batch, config, **none)
-    _, statistics = model.features(jnp.asarray(batch["tokens"][:, :-1]))
+    _, statistics = jax.jit(Transformer.features)(model, jnp.asarray(batch["tokens"][:, :-1]))
 
     def mean(model: Transformer, name: str) -> Any:
         return model.features(jnp.asarray(batch["tokens"][:, :-1]))[1][name].mean()
