@@ -117,7 +117,7 @@ def _fields(config: ModelConfig) -> Data:
         "moe_intermediate_size": moe.expert.d_ff if moe else None,
         "n_routed_experts": moe.experts if moe else None,
         "n_shared_experts": shared // moe.expert.d_ff if moe else None,
-        "num_experts_per_tok": moe.top_k if moe else None,
+        "num_experts_per_tok": moe.top_k if moe else 1,
         "n_group": routers.groups.count if routers and routers.groups else 1,
         "topk_group": routers.groups.keep if routers and routers.groups else 1,
         "norm_topk_prob": routers.normalize if routers else None,

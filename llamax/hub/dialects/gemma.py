@@ -158,7 +158,7 @@ GEMMA3 = Dialect(
      "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072,
      "query_pre_attn_scalar": 256, "sliding_window": 4096, "attn_logit_softcapping": None,
      "final_logit_softcapping": None, "rope_theta": 1e6, "rope_local_base_freq": 10000.0},
-    FIXED,
+    FIXED | {"attn_logit_softcapping": (None,)},  # transformers reads it and caps nothing
 )  # fmt: skip
 
 DIALECTS = (GEMMA, GEMMA2, GEMMA3)
