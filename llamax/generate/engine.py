@@ -13,14 +13,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from llamax.config.components import RopeLongrope
 from llamax.errors import UserError
 from llamax.generate.sampling import Rows, Sampling, rows_of, sample
 from llamax.mesh.rules import Rules, batch_ways, load_rules, shardings, spec_of
 from llamax.model.cache import Cache, init_cache, map_cache
 from llamax.model.execution import Execution
+from llamax.model.position import rotary_kinds
 from llamax.model.transformer import Transformer
 
 NOTHING = -1  # in place of a token: the row was done
+FOREVER = 2**30  # longer than any text
 PREFILL = 1024  # columns of a prompt read at once: the memory for scores is this times the capacity
 MOST_STEPS = 16  # decoding steps of one dispatch
 DISPATCH_SECONDS = 0.05  # what a dispatch aims at, so that text keeps flowing
@@ -89,44 +92,91 @@ class Engine:
         Raises:
             UserError: no prompt, an empty one, an id the embedding has no row for, or more tokens than positions.
         """
-        widest = self._check(prompts, max_new_tokens)
-        batch = _round(len(prompts), 1)
-        capacity = _round(widest + max_new_tokens, 64)
+        self._check(prompts, max_new_tokens)
+        self._compile_seconds = 0.0
+        texts, ended = [list(map(int, prompt)) for prompt in prompts], np.zeros(len(prompts), bool)
+        spent = Timings(0.0, 0.0, 0.0, 0)
+        for reach in self._reaches:
+            rows = [i for i, text in enumerate(texts) if len(text) <= reach and not ended[i]]
+            if not rows:
+                continue
+            limits = [min(max_new_tokens, reach - len(prompts[i]) + 1) for i in rows]
+            request = self._request([samplings[i] for i in rows], [seeds[i] for i in rows], limits, stop_ids)
+            longest = min(max(len(prompts[i]) for i in rows) + max_new_tokens, reach)
+
+            def told(tokens: np.ndarray, rows: list[int] = rows) -> np.ndarray | None:
+                whole = np.full((len(prompts), tokens.shape[1]), NOTHING, np.int32)
+                whole[rows] = tokens
+                halt = watch(whole) if watch is not None else None
+                if halt is not None:
+                    ended[:] |= halt
+                return None if halt is None else halt[rows]
+
+            drawn = [len(texts[i]) - len(prompts[i]) for i in rows]
+            found, timings = self._batch([texts[i] for i in rows], drawn, request, longest, told)
+            spent = Timings(
+                0.0, spent.prefill + timings.prefill, spent.decode + timings.decode, spent.steps + timings.steps
+            )
+            for i, drew in zip(rows, found, strict=True):
+                texts[i] += drew.tolist()
+                new = texts[i][len(prompts[i]) :]
+                ended[i] |= len(new) >= max_new_tokens or new[-1] in stop_ids
+        ids = [np.asarray(text[len(prompt) :], np.int32) for text, prompt in zip(texts, prompts, strict=True)]
+        return ids, spent._replace(compile=self._compile_seconds)
+
+    # ------------------------------------------------------------ parts
+    @property
+    def _reaches(self) -> list[int]:
+        """The lengths up to which a cache serves. LongRoPE turns all positions by other angles once a text is longer
+        than the original length: what was read is then read again, as the model without a cache does."""
+        ropes = [rope for rope, _ in rotary_kinds(self.config)]
+        turns = {rope.scaling.original_max_len for rope in ropes if isinstance(rope.scaling, RopeLongrope)}
+        return [*sorted(turns), FOREVER]
+
+    def _batch(
+        self,
+        texts: Sequence[Sequence[int]],
+        drawn: Sequence[int],
+        request: Request,
+        longest: int,
+        watch: Callable[[np.ndarray], np.ndarray | None],
+    ) -> tuple[list[np.ndarray], Timings]:
+        """(new ids of every row; timings) with one cache. The last `drawn` ids of a text were drawn by the request."""
+        before = self._compile_seconds
+        batch = len(request.limit)
+        capacity = _round(longest, 64)
         if self.config.position.kind == "learned":
             capacity = min(capacity, self.config.max_seq_len)
-        self._compile_seconds = 0.0
-        request = self._request(samplings, seeds, max_new_tokens, stop_ids, batch)
+        limit = int(np.max(np.asarray(request.limit)[: len(texts)] - np.asarray(drawn)))
         start = time.perf_counter()
-        state, cache = self._prefill(prompts, request, batch, capacity, widest + max_new_tokens)
-        tokens = np.asarray(state.token)[: len(prompts), None]
-        first = time.perf_counter() - start - self._compile_seconds
+        state, cache = self._prefill(texts, drawn, request, capacity, longest)
+        tokens = np.asarray(state.token)[: len(texts), None]
+        first = time.perf_counter() - start - (self._compile_seconds - before)
         compiled, start = self._compile_seconds, time.perf_counter()
-        columns, done, steps = [tokens], np.asarray(state.done)[: len(prompts)], 0
-        ended = np.zeros(len(prompts), bool)
+        columns, done, steps = [tokens], np.asarray(state.done)[: len(texts)], 0
+        ended = np.zeros(len(texts), bool)
         seconds = DISPATCH_SECONDS / 2
         while True:
-            if watch is not None and (halt := watch(columns[-1])) is not None:
+            if (halt := watch(columns[-1])) is not None:
                 ended |= halt
-            left = max_new_tokens - 1 - steps
+            left = limit - 1 - steps
             if left <= 0 or (done | ended).all():
                 break
             count = int(min(left, MOST_STEPS, max(1, DISPATCH_SECONDS / seconds)))
-            halted = np.pad(ended, (0, batch - len(prompts)), constant_values=True)
-            before, compiling = time.perf_counter(), self._compile_seconds
-            state, cache, drawn = self._steps(state, cache, request, self._rows(halted), count)
-            fresh = np.asarray(drawn)[: len(prompts), :count]
+            halted = np.pad(ended, (0, batch - len(texts)), constant_values=True)
+            since, compiling = time.perf_counter(), self._compile_seconds
+            state, cache, out = self._steps(state, cache, request, self._rows(halted), count)
+            fresh = np.asarray(out)[: len(texts), :count]
             fresh = np.where(ended[:, None], NOTHING, fresh)
-            seconds = (time.perf_counter() - before - (self._compile_seconds - compiling)) / count
+            seconds = (time.perf_counter() - since - (self._compile_seconds - compiling)) / count
             columns.append(fresh)
             steps += count
-            done = np.asarray(state.done)[: len(prompts)]
+            done = np.asarray(state.done)[: len(texts)]
         decode = time.perf_counter() - start - (self._compile_seconds - compiled)
         ids = [row[row != NOTHING] for row in np.concatenate(columns, axis=1)]
-        return ids, Timings(self._compile_seconds, first, decode, steps)
+        return ids, Timings(0.0, first, decode, steps)
 
-    # ------------------------------------------------------------ parts
-    def _check(self, prompts: Sequence[np.ndarray], max_new_tokens: int) -> int:
-        """The longest prompt's length."""
+    def _check(self, prompts: Sequence[np.ndarray], max_new_tokens: int) -> None:
         if not prompts or max_new_tokens < 1:
             raise UserError(f"{len(prompts)} prompts, max_new_tokens={max_new_tokens}: give at least one of each")
         for number, prompt in enumerate(prompts):
@@ -143,31 +193,31 @@ class Engine:
                 f"{widest} prompt tokens and max_new_tokens={max_new_tokens} exceed the learned positions, "
                 f"model.max_seq_len={self.config.max_seq_len}; shorten one"
             )
-        return widest
 
     def _request(
-        self, samplings: Sequence[Sampling], seeds: Sequence[int], limit: int, stop_ids: Sequence[int], batch: int
+        self, samplings: Sequence[Sampling], seeds: Sequence[int], limits: Sequence[int], stop_ids: Sequence[int]
     ) -> Request:
-        idle = batch - len(samplings)
+        idle = _round(len(samplings), 1) - len(samplings)
         stops = np.full(_round(len(stop_ids), 4), NOTHING, np.int32)
         stops[: len(stop_ids)] = list(stop_ids)
         keys = jax.vmap(jax.random.key)(np.array([*seeds, *[0] * idle], np.uint32))
         return Request(
             Rows(*(self._rows(column) for column in rows_of([*samplings, *[Sampling(0.0)] * idle]))),
             self._rows(keys),
-            self._rows(np.array([limit] * len(samplings) + [0] * idle, np.int32)),
+            self._rows(np.array([*limits, *[0] * idle], np.int32)),
             self._everywhere(stops),
         )
 
     def _prefill(
-        self, prompts: Sequence[np.ndarray], request: Request, batch: int, capacity: int, planned: int
+        self, texts: Sequence[Sequence[int]], drawn: Sequence[int], request: Request, capacity: int, planned: int
     ) -> tuple[State, Cache]:
-        """The state after the first token of every row."""
-        lengths = np.array([len(p) for p in prompts] + [0] * (batch - len(prompts)))
+        """The state after the next token of every row."""
+        batch = len(request.limit)
+        lengths = np.array([len(text) for text in texts] + [0] * (batch - len(texts)))
         width = min(_round(int(lengths.max()), 16), PREFILL)
         padded = np.zeros((batch, -(-int(lengths.max()) // width) * width), np.int32)
-        for row, prompt in zip(padded, prompts, strict=False):
-            row[: len(prompt)] = prompt
+        for row, text in zip(padded, texts, strict=False):
+            row[: len(text)] = text
         cache = self._empty(batch, capacity, planned)
         logits = self._rows(np.zeros((batch, self.config.vocab_size), np.float32))
         for column in range(0, padded.shape[1], width):
@@ -176,8 +226,8 @@ class Engine:
             logits, cache = self._call(
                 "read", (batch, width, capacity), _read, (1, 4), self.model, cache, block, self._rows(counts), logits
             )
-        zeros = np.zeros(batch, np.int32)
-        state = State(self._rows(zeros), self._rows(zeros.copy()), self._rows(lengths == 0))
+        counts = np.array([*drawn, *[0] * (batch - len(texts))], np.int32)
+        state = State(self._rows(np.zeros(batch, np.int32)), self._rows(counts), self._rows(lengths == 0))
         state = self._call("draw", (batch, len(request.stops)), _draw, (1,), logits, state, request)
         return state, cache
 

@@ -91,6 +91,29 @@ def test_a_row_draws_the_same_alone_and_with_others_and_again() -> None:
     assert [row.tolist() for row in other] != [row.tolist() for row in together]
 
 
+def test_longrope_turns_by_the_length_a_text_has() -> None:
+    scaling = {"kind": "longrope", "short": [1.0] * 4, "long": [4.0, 5.0, 6.0, 7.0], "original_max_len": 10}
+    model = small_model(max_seq_len=64, attention=GQA, position=ROPE | {"scaling": {**scaling, "factor": 6.4}})
+    prompts = [PROMPTS[0], PROMPTS[1], np.arange(13, dtype=np.int32) % 7]
+    expected = []
+    for prompt in prompts:
+        ids = prompt.tolist()
+        while len(ids) < len(prompt) + 12:  # unpadded: the angles depend on the length
+            ids.append(int(jnp.argmax(FORWARD(model, jnp.array([ids], jnp.int32))[0, -1])))
+        expected.append(ids[len(prompt) :])
+    engine, seen = Engine(model), []
+    found, timings = engine.run(prompts, [GREEDY] * 3, [0] * 3, 12, watch=lambda tokens: seen.append(tokens))
+    assert [row.tolist() for row in found] == expected
+    assert [row[row != NOTHING].tolist() for row in np.concatenate(seen, axis=1)] == expected
+    assert timings.prefill > 0
+    alone, _ = engine.run(prompts[:1], [Sampling(1.0)], [5], 12)
+    together, _ = engine.run(prompts, [Sampling(1.0)] * 3, [5, 6, 7], 12)
+    assert alone[0].tolist() == together[0].tolist()
+    stop = expected[0][5]
+    stopped, _ = engine.run(prompts[:1], [GREEDY], [0], 12, [stop])
+    assert stopped[0].tolist() == expected[0][: expected[0].index(stop) + 1]
+
+
 def test_few_programs_for_many_lengths() -> None:
     engine = Engine(model_of("llama"))
     compiled = []
@@ -128,12 +151,12 @@ def test_stop_ids_and_halts() -> None:
     ("style", "axes"),
     [
         ("llama", {"tensor": 2}),
-        ("window", {"fsdp": 2, "tensor": 2}),
+        pytest.param("window", {"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
         ("mla", {"data": 2, "tensor": 2}),
-        ("moe", {"expert": 4}),
+        pytest.param("moe", {"expert": 4}, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_sharded_equals_unsharded(style: str, axes: dict[str, int], rows: int) -> None:
     model, wanted = model_of(style), ([GREEDY, Sampling(1.0), Sampling(0.7, top_k=4)][:rows], [1, 2, 3][:rows], 8)
     plain, _ = Engine(model).run(PROMPTS[:rows], *wanted)
