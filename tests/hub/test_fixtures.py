@@ -13,7 +13,9 @@ import pytest
 from llamax.hub.dialects import DIALECTS, _meaning, inexpressible, read_config, write_config
 from llamax.hub.export import export_hf
 from llamax.hub.load import load_hf
+from llamax.model.cache import Cache, init_cache
 from llamax.model.execution import Execution
+from llamax.model.transformer import Transformer
 
 from .folders import NAMES, OWN, SPELLINGS, tensors
 
@@ -62,6 +64,38 @@ def test_own_fixture(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", SLOW)
 def test_reference_fixture(shared_reference: Path, name: str, tmp_path: Path) -> None:
     check(shared_reference / "fixtures" / name, tmp_path / "out", whole=not name.endswith("_mm"))
+
+
+def check_decoding(folder: Path) -> None:
+    """One token at a time through the cache gives the logits of the whole sequence at once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, config = load_hf(folder)
+    saved = np.load(folder / "logits.npz")
+    part = "text_only_" if "text_only_input_ids" in saved.files else ""
+    tokens = saved[f"{part}input_ids"].astype(np.int32)
+
+    @jax.jit
+    def one_by_one(model: Transformer, tokens: jax.Array) -> jax.Array:
+        def step(cache: Cache, column: jax.Array) -> tuple[Cache, jax.Array]:
+            logits, cache = model.decode(column[:, None], cache)
+            return cache, logits[:, 0]
+
+        return jax.lax.scan(step, init_cache(config.model, *tokens.shape), tokens.T)[1].swapaxes(0, 1)
+
+    atol = 1e-3 if config.model.dialect == "dbrx" else 2e-4
+    np.testing.assert_allclose(one_by_one(model, tokens), saved[f"{part}logits"], atol=atol, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_own_fixture_decodes(name: str) -> None:
+    check_decoding(OWN / name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REFERENCE)
+def test_reference_fixture_decodes(shared_reference: Path, name: str) -> None:
+    check_decoding(shared_reference / "fixtures" / name)
 
 
 def both(folder: Path) -> tuple[dict, dict]:

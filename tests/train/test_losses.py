@@ -63,9 +63,7 @@ def shifted_by_hand(model: Transformer, tokens: np.ndarray, segments: np.ndarray
     return means
 
 
-@pytest.mark.parametrize(
-    "masked", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "masked"]
-)
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "masked"])
 def test_prediction_modules_equal_shifting_by_hand(masked: bool) -> None:
     config = run_config(*TWO, "train.grad_accumulation=2")
     model, batch = start(config), one_batch(config, masked)
