@@ -88,7 +88,7 @@ def assert_same_training(found: dict[str, np.ndarray], style: str) -> None:
     np.testing.assert_allclose(found["loss"][:5], expected["loss"][:5], rtol=1e-5)
     np.testing.assert_allclose(found["grad_norm"][:5], expected["grad_norm"][:5], rtol=1e-3)
     # Later a rounding may have chosen another expert or another key for a token: steps of their own, as small.
-    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-3)
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=5e-3)
 
 
 @pytest.mark.parametrize("style", subset(*TRAINED))
@@ -111,7 +111,7 @@ def test_a_family_trains(style: str) -> None:
 def test_an_indexer_learns_by_its_own_loss(style: str) -> None:
     """The attention it follows sharpens as the model learns, so what counts is where it would be without the loss."""
     _, _, with_loss, without = alone(style)
-    assert with_loss["indexer_loss"][-1] < 0.8 * without["indexer_loss"][-1]
+    assert with_loss["indexer_loss"][-1] < 0.9 * without["indexer_loss"][-1]
     # A part of its own, which only reads: the model itself differs by the keys that were chosen, and not yet at step 0.
     assert with_loss["loss"][0] == without["loss"][0]
     np.testing.assert_allclose(with_loss["loss"], without["loss"], rtol=0.05)
