@@ -238,7 +238,8 @@ class TrainConfig(Frozen):
     `batch_size` counts sequences of `seq_len` tokens over the whole mesh. Weights are float32; `compute_dtype` is the
     operand type of matrix products (accumulated in float32), `activation_dtype` that of the residual stream.
     `loss_chunk` is the number of tokens whose logits exist at once (null: all). `unroll_layers` replaces the scan over
-    layers by straight code (same numbers). `on_divergence` acts on a loss that is not finite or above
+    layers by straight code (null: where all devices are CPUs and the layers at most 8; the same sums in another order,
+    and faster there). `on_divergence` acts on a loss that is not finite or above
     `divergence_factor` x the running average.
 
     Weights of losses besides cross-entropy, each 0 or without effect where the model has no such part: `z_loss`
@@ -260,7 +261,7 @@ class TrainConfig(Frozen):
     grad_accumulation: PositiveInt = 1
     steps_per_dispatch: PositiveInt = 10
     remat: Literal["none", "dots", "full"] = "none"
-    unroll_layers: bool = False
+    unroll_layers: bool | None = None
     loss_chunk: PositiveInt | None = None
     z_loss: NonNegativeFloat = 0.0
     moe_balance_loss: NonNegativeFloat = 0.01

@@ -36,14 +36,19 @@ LAYER_LOSSES = {
 AVERAGE_DECAY = 0.98  # of the running loss that divergence is measured against: about the last 50 steps
 
 
+UNROLLED = 8  # layers: a CPU runs a loop's body on one thread, but compiling straight code takes a time of each layer
+
+
 def execution_of(config: RunConfig, rules: Rules, mesh: Mesh) -> Execution:
     """How a run executes its model on `mesh`."""
     train = config.train
+    cpu = all(device.platform == "cpu" for device in mesh.devices.flat)
+    short = cpu and len(config.model.layers) <= UNROLLED
     return Execution(
         compute=train.compute_dtype,
         activation=train.activation_dtype,
         remat=train.remat,
-        unroll=train.unroll_layers,
+        unroll=short if train.unroll_layers is None else train.unroll_layers,
         residual=batch_sharding(rules, mesh) if mesh.size > 1 else None,
     )
 

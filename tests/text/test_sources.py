@@ -32,7 +32,7 @@ strings = st.one_of(
     st.text(st.sampled_from(" \t\n\r\0\x1b\u2581\u3000\u200d\u0301ab_().<>/sk019é漢🙂☺\ufffd")),
     st.lists(st.sampled_from([*NAMES, " ", "\n", "Hello", " world", "'s", "漢字", "é", "1234"])).map("".join),
 )
-many = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+many = settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def check(ours: Tokenizer, content: str, theirs: Callable[[str], list[int]], back: Callable[[list[int]], str]) -> None:

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from llamax.config.run import RunConfig
+from llamax.mesh.rules import load_rules, make_mesh
 from llamax.model.execution import Execution
 from llamax.train.state import TrainState, hyper_of
-from llamax.train.step import AVERAGE_DECAY, Dispatch, loss_and_gradients, train_step
+from llamax.train.step import AVERAGE_DECAY, Dispatch, execution_of, loss_and_gradients, train_step
 from tests.train.runs import MIXTURE, STEPS, assert_same_bits, go, prepare, run_config, tokens_of
 
 MOE = f"model.mlp={MIXTURE}"
@@ -292,3 +293,14 @@ def test_vmap_over_hyper_is_separate_runs():
             np.testing.assert_allclose(metrics[name][i], value, rtol=1e-5, err_msg=name)
         assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], many.model), after.model, 1e-4)
     assert float(metrics["loss"][0, 2]) != float(metrics["loss"][1, 2])
+
+
+def test_a_cpu_runs_few_layers_as_straight_code():
+    def unrolls(*overrides: str) -> bool:
+        config = run_config(*overrides)
+        return execution_of(config, load_rules(config.mesh.rules), make_mesh(config.mesh, jax.devices()[:1])).unroll
+
+    assert unrolls("model.segments=[{repeat: 8}]")
+    assert not unrolls("model.segments=[{repeat: 9}]")
+    assert unrolls("model.segments=[{repeat: 9}]", "train.unroll_layers=true")
+    assert not unrolls("train.unroll_layers=false")
