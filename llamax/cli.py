@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from llamax import converting, generating
+from llamax.console import Json
 from llamax.console import emit as _emit
 from llamax.console import print_json as _print_json
 from llamax.errors import Interrupted, UserError
@@ -32,7 +33,6 @@ app.command("generate")(generating.generate)
 model_app.command("import")(converting.model_import)
 model_app.command("export")(converting.model_export)
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b.c=value]...", help="Config fields to set.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 StudyPath = Annotated[Path, typer.Argument(metavar="DIR", help="A study, a run, or a folder of them.")]

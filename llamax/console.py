@@ -1,4 +1,4 @@
-"""What the command line draws: progress, aligned results."""
+"""What the command line draws: progress, aligned results, or JSON where asked."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 if TYPE_CHECKING:
     from llamax.config.run import RunConfig
     from llamax.train.progress import Progress
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
 def print_json(value: Any) -> None:

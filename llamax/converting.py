@@ -7,16 +7,15 @@ from typing import Annotated
 
 import typer
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+from llamax.console import Json, emit
 
 
 def model_import(
     source: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A Hugging Face folder with safetensors.")],
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run directory to make.")],
-    as_json: AsJson = False,
+    as_json: Json = False,
 ) -> None:
     """Make a run directory of a Hugging Face model, for eval, generate and export."""
-    from llamax.console import emit
     from llamax.hub.convert import import_run
 
     emit(import_run(source, run_dir), as_json)
@@ -26,10 +25,9 @@ def model_export(
     run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory.")],
     folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="The folder to make.")],
     step: Annotated[int | None, typer.Option(help="The checkpoint; default the newest.")] = None,
-    as_json: AsJson = False,
+    as_json: Json = False,
 ) -> None:
     """Write the model of a run as a folder that transformers loads."""
-    from llamax.console import emit
     from llamax.hub.convert import export_run
 
     emit(export_run(run, folder, step), as_json)

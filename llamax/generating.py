@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llamax.console import Json, lines, print_json
 from llamax.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def generate(
     infill: Annotated[str | None, typer.Option(help=f"Fill the {HOLE} in the prompt: psm or spm (Code Llama).")] = None,
     compute: Annotated[str, typer.Option(help="Number format of products and cache: float32 or bfloat16.")] = "float32",
     mesh: Annotated[list[str] | None, typer.Option(help="Devices along an axis, as tensor=2; may be repeated.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Continue text with a trained model; text on stdout as it comes, speed on stderr."""
     texts = [_text(part) for part in prompt or []]
@@ -61,8 +62,6 @@ def generate(
         mesh=mesh or [],
         on_text=print_text if alone and not as_json else None,
     )
-    from llamax.console import lines, print_json
-
     if as_json:
         print_json(result)
         return
@@ -150,8 +149,9 @@ def generate_from_cli(
 def text_folder(folder: Path) -> Path | None:
     """Where a model's tokenizer files are: beside its weights, or in the `tokenizer` folder an import makes."""
     from llamax.text.open import FILES
+    from llamax.train.run_dir import TOKENIZER
 
-    places = (folder, folder / "tokenizer")
+    places = (folder, folder / TOKENIZER)
     return next((place for place in places if any((place / name).exists() for name in FILES[:3])), None)
 
 

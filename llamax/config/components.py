@@ -259,9 +259,11 @@ class LatentAttention(Frozen):
     @model_validator(mode="after")
     def _indexer(self) -> LatentAttention:
         if self.indexer is not None and self.q_rank is None:
-            raise ValueError("indexer reads the query latent; give q_rank")
+            raise ValueError("indexer reads the query latent and q_rank is null; give q_rank, or set indexer=null")
         if self.indexer is not None and self.indexer.head_dim < self.rope_dim:
-            raise ValueError(f"indexer.head_dim={self.indexer.head_dim} is smaller than rope_dim={self.rope_dim}")
+            raise ValueError(
+                f"indexer.head_dim={self.indexer.head_dim} is smaller than rope_dim={self.rope_dim}; raise head_dim"
+            )
         return self
 
 
@@ -354,9 +356,13 @@ class MoeMlp(Frozen):
             raise ValueError(f"router.score=sparsemixer chooses two experts; set top_k=2, not {self.top_k}")
         groups = self.router.groups
         if groups is not None and self.experts % groups.count:
-            raise ValueError(f"experts={self.experts} do not divide into router.groups.count={groups.count} groups")
+            raise ValueError(
+                f"experts={self.experts} do not divide into router.groups.count={groups.count} groups; change one"
+            )
         if groups is not None and self.top_k > groups.keep * (self.experts // groups.count):
-            raise ValueError(f"top_k={self.top_k} is more than router.groups.keep={groups.keep} groups hold")
+            raise ValueError(
+                f"top_k={self.top_k} is more than router.groups.keep={groups.keep} groups hold; lower top_k"
+            )
         return self
 
 

@@ -182,9 +182,10 @@ class Engine:
         for number, prompt in enumerate(prompts):
             if not len(prompt):
                 raise UserError(f"prompt {number} has no token; give some text")
-            if int(np.max(prompt)) >= self.config.vocab_size or int(np.min(prompt)) < 0:
+            ids = np.asarray(prompt)
+            if (outside := ids[(ids < 0) | (ids >= self.config.vocab_size)]).size:
                 raise UserError(
-                    f"prompt {number} has the token {int(np.max(prompt))}, which the embedding of "
+                    f"prompt {number} has the token {int(outside[0])}, which the embedding of "
                     f"model.vocab_size={self.config.vocab_size} has no row for; use the model's own tokenizer"
                 )
         widest = max(len(prompt) for prompt in prompts)

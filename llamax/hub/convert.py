@@ -19,9 +19,7 @@ from llamax.model.transformer import Transformer
 from llamax.train.checkpoints import Checkpoints
 from llamax.train.env import environment
 from llamax.train.load import load_run
-from llamax.train.run_dir import CHECKPOINTS, CONFIG, ENV, is_run
-
-TOKENIZER = "tokenizer"  # the folder of a run directory that holds an imported model's tokenizer files
+from llamax.train.run_dir import CHECKPOINTS, CONFIG, ENV, TOKENIZER, is_run
 
 
 class _Weights(NamedTuple):
@@ -85,6 +83,7 @@ def export_run(run_dir: str | Path, folder: str | Path, step: int | None = None)
         UserError: no run or no good checkpoint there, no dialect for the model, or a folder that is not empty.
     """
     model, config = load_run(run_dir, step=step)
-    export_hf(model, config, folder)
+    imported = Path(run_dir) / TOKENIZER  # kept by import_run; a trained run names its tokenizer's file in its config
+    export_hf(model, config, folder, tokenizer=imported if imported.is_dir() else None)
     written = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     return {"folder": str(folder), "model_type": written["model_type"], "dtype": written["torch_dtype"]}

@@ -29,7 +29,7 @@ from llamax.mesh.rules import load_rules, shardings
 from llamax.model.transformer import Transformer
 
 CONFIG = "config.json"
-CHUNK = 64 << 20  # bytes of one update of an array that is larger than any tensor; the staging it costs is 3 of them
+CHUNK = 64 << 20  # bytes of one update of an array that is larger than any tensor
 Box = tuple[tuple[int, int], ...]
 
 
@@ -177,7 +177,8 @@ def _shard(
             whole[tuple(slice(a, a + n) for a, n in zip(start, part.shape, strict=True))] = part
         return [jax.device_put(whole, device) for device in devices]
     arrays = [jnp.zeros(shape, kind, device=device) for device in devices]
-    for start, part in _parts(pieces, checkpoint, box, min(CHUNK, largest // 4)):
+    # The runtime frees chunks late: up to 8 are alive at once, on a busy machine more.
+    for start, part in _parts(pieces, checkpoint, box, min(CHUNK, largest // 16)):
         whole = np.ascontiguousarray(part.astype(kind, copy=False))
         at = np.asarray(start, np.int32)
         arrays = [

@@ -3,6 +3,7 @@
     config.yaml     resolved and complete        env.json       versions, devices, flags, git; each start
     metrics.jsonl   one row a logged step        evals.jsonl    one row an evaluation
     checkpoints/    see checkpoints.py           result.json    written once, last; its presence means done
+    tokenizer/      the tokenizer files of an imported model
     lock            held by the process that trains; the operating system releases it however the process ends
 
 Every file is whole or absent at any moment, except that a crash may cut the last line of a .jsonl file.
@@ -28,7 +29,7 @@ from llamax.train.files import write_atomic, writing
 from llamax.train.rows import append_rows, drop_rows_after, plain, read_rows, repair_tail
 
 CONFIG, ENV, RESULT, LOCK = "config.yaml", "env.json", "result.json", "lock"
-METRICS, EVALS, CHECKPOINTS = "metrics.jsonl", "evals.jsonl", "checkpoints"
+METRICS, EVALS, CHECKPOINTS, TOKENIZER = "metrics.jsonl", "evals.jsonl", "checkpoints", "tokenizer"
 
 
 class Run:

@@ -123,6 +123,17 @@ def test_run_directory_there_and_back(tmp_path: Path) -> None:
     assert {k: a.tobytes() for k, a in tensors(tmp_path / "out").items()} == {k: a.tobytes() for k, a in found.items()}
 
 
+def test_tokenizer_files_go_through_a_run_directory(tmp_path: Path) -> None:
+    """Also those that no config names, which is all that a model with a rank file has."""
+    folder = copy(OWN / "mistral", tmp_path / "model")
+    files = {"tokenizer_config.json": b"{}", "chat_template.jinja": b"{{ messages }}", "generation_config.json": b"{}"}
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    import_run(folder, tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "out")
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in files} == files
+
+
 def test_a_training_state_starts_from_an_import() -> None:
     model, config = load_hf(OWN / "qwen3_moe", dtype="float32")
     mesh, rules = make_mesh(MeshConfig(data=1)), load_rules("default")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from llamax.config.load import run_from_data
 from llamax.config.run import RunConfig
 from llamax.mesh.rules import batch_sharding, load_rules, make_mesh
 from llamax.train.param_info import param_table
-from llamax.train.state import TrainState, abstract_state, init_state
+from llamax.train.state import abstract_state, init_state
 from llamax.train.step import make_dispatch
 
 STYLES = list(shipped("styles"))
@@ -35,6 +35,7 @@ RUN: dict[str, Any] = {
         "steps_per_dispatch": STEPS,
         "moe_sequence_balance_loss": 1e-3,
         "divergence_factor": 9.0,
+        "unroll_layers": False,
     },
 }
 
@@ -57,24 +58,42 @@ def tokens() -> dict[str, np.ndarray]:
     return {"tokens": ((start + np.cumsum(rng.integers(1, 4, shape), -1)) % VOCAB).astype(np.int32)}
 
 
-Trained = tuple[Any, TrainState, dict[str, np.ndarray], dict[str, np.ndarray]]
+Metrics = dict[str, np.ndarray]  # each [STEPS]
+PASSES = {  # over the same batches, from the same weights: the indexer's loss, the learning rate, how many times over
+    "trained": (1.0, 1e-2, 2),
+    "no indexer loss": (0.0, 1e-2, 2),
+    "compared": (1.0, 1e-3, 1),  # small steps: a rounding that chooses another expert or key for a token does not grow
+}
+
+
+class Trained(NamedTuple):
+    """What each of PASSES printed, one entry a time over; the weights before, as numpy, and after, of "trained"."""
+
+    before: Any
+    after: Any
+    passes: dict[str, list[Metrics]]
 
 
 def trained(config: RunConfig, devices: list[jax.Device]) -> Trained:
-    """(weights at the start as numpy, state at the end, metrics [STEPS], metrics without the indexer's loss)."""
     rules, mesh = load_rules(config.mesh.rules), make_mesh(config.mesh, devices)
     abstract = abstract_state(config, rules, mesh)
     state = init_state(config, STEPS, abstract)
     before = jax.tree.map(np.asarray, state.model)
     batches = jax.device_put(tokens(), batch_sharding(rules, mesh, leading=1))
-    dispatch, metrics = make_dispatch(config, rules, mesh, abstract), []
-    for weight in (0.0, 1.0):
-        hyper = {**state.hyper, "indexer_loss": jax.device_put(jnp.float32(weight), state.hyper["lr"].sharding)}
-        start = dataclasses.replace(state, hyper=hyper)
-        after, found, ran = dispatch(jax.tree.map(jnp.copy, start), batches, jnp.int32(STEPS))
-        assert int(ran) == STEPS
-        metrics.append(jax.tree.map(np.asarray, found))
-    return before, after, metrics[1], metrics[0]
+    dispatch = make_dispatch(config, rules, mesh, abstract)
+    passes, models = dict[str, list[Metrics]](), {}
+    for name, (weight, lr, rounds) in PASSES.items():
+        values = {"indexer_loss": weight, "lr": lr}
+        hyper = state.hyper | {k: jax.device_put(jnp.float32(v), state.hyper[k].sharding) for k, v in values.items()}
+        now = jax.tree.map(jnp.copy, dataclasses.replace(state, hyper=hyper))
+        for _ in range(rounds):
+            now, found, ran = dispatch(now, batches, jnp.int32(STEPS))
+            assert int(ran) == STEPS
+            passes.setdefault(name, []).append(jax.tree.map(np.asarray, found))
+            models.setdefault(name, jax.tree.map(np.asarray, now.model))
+            if "indexer_loss" not in found:
+                break
+    return Trained(before, models["trained"], passes)
 
 
 @functools.cache
@@ -82,24 +101,25 @@ def alone(style: str) -> Trained:
     return trained(family(style, {"data": 1}), jax.devices()[:1])
 
 
-def assert_same_training(found: dict[str, np.ndarray], style: str) -> None:
-    expected = alone(style)[2]
+def assert_same_training(config: RunConfig, devices: list[jax.Device], style: str) -> None:
+    found, expected = (run.passes["compared"][0] for run in (trained(config, devices), alone(style)))
     assert found.keys() == expected.keys()
     np.testing.assert_allclose(found["loss"][:5], expected["loss"][:5], rtol=1e-5)
     np.testing.assert_allclose(found["grad_norm"][:5], expected["grad_norm"][:5], rtol=1e-3)
-    # Later a rounding may have chosen another expert or another key for a token: steps of their own, as small.
-    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=5e-3)
+    # Later a rounding may have chosen another expert or another key for a token.
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-3)
 
 
 @pytest.mark.parametrize("style", subset(*TRAINED))
 def test_a_family_trains(style: str) -> None:
     """Ten steps: nothing is not finite, every array moves (Adam without decay moves what has a gradient, and the rule
     moves router biases), and the loss falls."""
-    before, after, metrics, _ = alone(style)
+    before, after, passes = alone(style)
+    metrics = passes["trained"][0]
     for name, values in metrics.items():
         assert np.all(np.isfinite(values)), name
     assert not metrics["bad"].any()
-    rows = zip(param_table(before), jax.tree.leaves(before), jax.tree.leaves(after.model), strict=True)
+    rows = zip(param_table(before), jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
     still = [info.path for info, a, b in rows if np.array_equal(a, b)]
     assert not still
     assert metrics["loss"][-1] < metrics["loss"][0] - 0.3
@@ -110,8 +130,9 @@ def test_a_family_trains(style: str) -> None:
 @pytest.mark.parametrize("style", ["deepseek_v32", pytest.param("glm5", marks=pytest.mark.slow)])
 def test_an_indexer_learns_by_its_own_loss(style: str) -> None:
     """The attention it follows sharpens as the model learns, so what counts is where it would be without the loss."""
-    _, _, with_loss, without = alone(style)
-    assert with_loss["indexer_loss"][-1] < 0.9 * without["indexer_loss"][-1]
+    passes = alone(style).passes
+    assert passes["trained"][-1]["indexer_loss"][-1] < 0.8 * passes["no indexer loss"][-1]["indexer_loss"][-1]
+    with_loss, without = passes["trained"][0], passes["no indexer loss"][0]
     # A part of its own, which only reads: the model itself differs by the keys that were chosen, and not yet at step 0.
     assert with_loss["loss"][0] == without["loss"][0]
     np.testing.assert_allclose(with_loss["loss"], without["loss"], rtol=0.05)
@@ -120,10 +141,10 @@ def test_an_indexer_learns_by_its_own_loss(style: str) -> None:
 @pytest.mark.parametrize("style", subset(*UNROLLED))
 def test_scan_equals_unrolled(style: str) -> None:
     unrolled = family(style, {"data": 1}, "train.unroll_layers=true")
-    assert_same_training(trained(unrolled, jax.devices()[:1])[2], style)
+    assert_same_training(unrolled, jax.devices()[:1], style)
 
 
 @pytest.mark.parametrize("style", subset(*SHARDED))
 def test_sharded_equals_unsharded(style: str) -> None:
     mesh = {"data": 1, "fsdp": 2, "expert": 4}
-    assert_same_training(trained(family(style, mesh), jax.devices())[2], style)
+    assert_same_training(family(style, mesh), jax.devices(), style)
