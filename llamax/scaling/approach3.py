@@ -18,6 +18,7 @@ from llamax.scaling.laws import ChinchillaLaw, CoupledLaw, Law, Number, plain
 from llamax.scaling.solver import Problem, huber, predict_log
 
 N_PARAMETERS, N_COUPLED = 5, 6
+EXACT = 1e-6  # a mean error below it counts as none: two laws that both are exact tie
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,20 @@ class ParametricFit:
             return theta
         return np.append(theta * law.gamma ** np.array([1, 1, 0, 1, 1]), np.log(law.gamma))
 
+    @property
+    def mean_error(self) -> float:
+        """Mean absolute log residual: by how much of its loss a run lies off the law."""
+        return float(np.abs(self.residuals).mean())
+
+    @property
+    def aic(self) -> float:
+        """Akaike's criterion, 2 parameters - 2 log likelihood up to a constant, for Laplace errors of unknown scale.
+
+        Those are the errors for which the objective, nearly the sum of absolute residuals at a small delta, is a
+        likelihood; at its best scale, minus its logarithm is runs · log(mean absolute residual).
+        """
+        return 2 * (self.n_parameters + self.n_points * float(np.log(max(self.mean_error, EXACT))))
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values; `params` of the law by name; n_exponent beta / (alpha + beta), the optimum's for C ~ N D."""
         total = self.law.alpha + self.law.beta
@@ -65,6 +80,7 @@ class ParametricFit:
             "objective": self.objective,
             "delta": self.delta,
             "n_points": self.n_points,
+            "aic": self.aic,
             "residual_percent": plain(100 * residual_scale(self)),
             "starts": self.starts,
             "starts_at_best": self.starts_at_best,

@@ -127,10 +127,10 @@ def predict(fit: ScalingFit, *, flops: Scalar, n: Scalar, d: Scalar) -> Predicti
     """Predicted loss of the run that will be trained: `n` parameters, `d` tokens, at a budget of `flops`.
 
     `n` and `d` are the real ones (a ladder size, whole steps), not the recommendation, which the record carries beside
-    them. The loss comes from the parametric law with the smaller error on the largest budget, fitted without it: only
-    a formula answers away from the valley's floor. The intervals hold the doubt about the law too: they mix the draws
-    of both laws by `ScalingFit.weights`. Where a law's error is more than twice its residuals, its scatter of single
-    runs is widened by that ratio. Raises UserError without approach 3.
+    them. The loss comes from the parametric law that `ScalingFit.choose` takes: only a formula answers away from the
+    valley's floor. The intervals hold the doubt about the law too: they mix the draws of both laws by
+    `ScalingFit.weights`. Where a law's error on the largest budget, fitted without it, is more than twice its
+    residuals, its scatter of single runs is widened by that ratio. Raises UserError without approach 3.
     """
     for axis, value in (("n", n), ("d", d)):
         if not (math.isfinite(value) and value > 0):
@@ -145,6 +145,12 @@ def predict(fit: ScalingFit, *, flops: Scalar, n: Scalar, d: Scalar) -> Predicti
         words.append(
             f"fitted without the largest budget, {law.label} misses it by {100 * (chosen.holdout_error or 0):.2g} % "
             f"against residuals of {100 * residual_scale(chosen.fit):.2g} %: the interval is widened by that ratio"
+        )
+    errors = {part.fit.law.label: part.holdout_error for part in fit.laws.values() if part.holdout_error is not None}
+    if errors and (better := min(errors, key=errors.__getitem__)) != law.label:
+        words.append(
+            f"the largest budget alone speaks for another law: fitted without it, {better} misses it by "
+            f"{100 * errors[better]:.2g} %, {law.label} by {100 * errors[law.label]:.2g} %"
         )
     law_only, one_run = _intervals(fit, n, d)
     if one_run is None:
@@ -161,7 +167,6 @@ def predict(fit: ScalingFit, *, flops: Scalar, n: Scalar, d: Scalar) -> Predicti
         words.append(f"n and d spend about {spent:.3g} FLOPs, not the {flops:.3g} of the budget")
     if not 1 / 2 < n / advice.n < 2:
         words.append(f"n = {n:.3g} is more than a factor of two from the recommended {advice.n:.3g}")
-    laws = {key: part.fit.law for key, part in (("approach3", fit.additive), ("coupled", fit.coupled)) if part}
     return Prediction(
         flops=float(flops),
         n=float(n),
@@ -171,7 +176,7 @@ def predict(fit: ScalingFit, *, flops: Scalar, n: Scalar, d: Scalar) -> Predicti
         interval_mean=law_only,
         level=fit.level,
         law=name,
-        loss_by_law={key: float(law.loss(n, d)) for key, law in laws.items()},
+        loss_by_law={key: float(part.fit.law.loss(n, d)) for key, part in fit.laws.items()},
         rule=f"loss: {law.label} at the N and D that will be trained, because {why}; allocation: {advice.rule}",
         loss_frontier=frontier,
         recommendation=advice,
@@ -210,12 +215,11 @@ def _inflation(part: Parametric) -> float:
 
 def _intervals(fit: ScalingFit, n: Scalar, d: Scalar) -> tuple[Interval | None, Interval | None]:
     """Of the law's loss and of one new run, over the draws of both laws in proportion to `ScalingFit.weights`."""
-    laws = {"approach3": fit.additive, "coupled": fit.coupled}
     rng = np.random.default_rng([fit.seed, 4])
     pairs, weights = [], []
     for name, weight in fit.weights().items():
-        part = laws[name]
-        if part is None or part.draws is None:
+        part = fit.laws[name]
+        if part.draws is None:
             return None, None
         pairs.append(loss_draws(part.fit, part.draws, n, d, rng, inflate=_inflation(part)))
         weights.append(weight)

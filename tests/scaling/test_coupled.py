@@ -1,10 +1,12 @@
 """The coupled law L = E + (A / N^alpha + B / D^beta)^gamma: formula, fit, bootstrap, and the rule that chooses it."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from llamax.errors import UserError
 from llamax.scaling import (
@@ -168,27 +170,50 @@ def test_intervals_hold_the_truth(bent):
     assert residual_scale(bent.coupled.fit) == pytest.approx(0.005, rel=0.6)
 
 
+@pytest.mark.parametrize("seed", [5, 6])
 @pytest.mark.parametrize(("law", "chosen"), [(BENT, "coupled"), (TINY, "approach3")])
-def test_the_rule_takes_the_law_that_extrapolated_better(law, chosen):
-    # A seed at which the noise does not hide the difference: on runs of an additive law both extrapolate well, and
-    # about every other time the coupled law misses by a little less.
-    fit = fit_frame(quickstart(law, seed=5), bootstrap=0)
+def test_the_rule_takes_the_law_the_runs_follow(law, chosen, seed):
+    fit = fit_frame(quickstart(law, seed=seed), bootstrap=0)
     best = optimal_allocation(law, TARGET)
     claim = predict(fit, flops=TARGET, n=best.n, d=best.d)
-    errors = {"approach3": fit.additive.holdout_error, "coupled": fit.coupled.holdout_error}
-    assert claim.law == min(errors, key=errors.get) == chosen
+    assert claim.law == chosen == min(fit.laws, key=lambda name: fit.laws[name].fit.aic)
     assert claim.loss == claim.loss_by_law[chosen] == pytest.approx(best.loss, rel=0.02)
-    for error in errors.values():
-        assert f"{100 * error:.2g} %" in claim.rule
+    for part in (fit.additive, fit.coupled):
+        assert f"{100 * part.fit.mean_error:.2g} %" in claim.rule
     assert claim.rule.startswith("loss: the coupled law at" if chosen == "coupled" else "loss: approach 3 at")
 
 
-def test_a_tie_or_no_test_leaves_approach_3(bent):
-    tie = replace(bent, coupled=replace(bent.coupled, holdout_error=bent.additive.holdout_error))
-    unknown = replace(bent, coupled=replace(bent.coupled, holdout_error=None))
+def with_errors(fit, additive, coupled):
+    """The fit with every residual of each law at plus or minus its error."""
+    signs = np.resize([1.0, -1.0], len(fit.runs))
+    errors = {"additive": additive, "coupled": coupled}
+    parts = {
+        k: replace(getattr(fit, k), fit=replace(getattr(fit, k).fit, residuals=v * signs)) for k, v in errors.items()
+    }
+    return replace(fit, **parts)
+
+
+def test_a_tie_leaves_approach_3_and_the_largest_budget_may_object(bent):
     assert bent.choose()[0] == "coupled"
-    assert tie.choose()[0] == unknown.choose()[0] == "approach3"
-    assert fit_frame(quickstart(), bootstrap=0, budget=None).choose()[0] == "approach3"
+    assert with_errors(bent, 0.01, 0.01).choose()[0] == "approach3"
+    assert fit_frame(quickstart(), bootstrap=0, budget=None).choose()[0] == "coupled"  # needs no budgets
+    assert fit_frame(quickstart(TINY, noise=0.0), bootstrap=0).choose()[0] == "approach3"  # both are exact
+    at = {"flops": TARGET, "n": BEST.n, "d": BEST.d}
+    assert not any("speaks for another law" in w for w in predict(bent, **at).warnings)
+    objects = replace(bent, additive=replace(bent.additive, holdout_error=0.001))
+    word = "the largest budget alone speaks for another law: fitted without it, approach 3 misses it by 0.1 %"
+    assert any(w.startswith(word) for w in predict(objects, **at).warnings)
+    assert predict(objects, **at).law == "coupled"
+
+
+@pytest.mark.slow
+def test_the_rule_takes_the_right_law_of_noisy_studies():
+    """The rule before it, by the error on the largest budget alone, is right in about 27 of 36 (decisions.md)."""
+    right = 0
+    for seed in range(18):
+        for law, name in ((BENT, "coupled"), (TINY, "approach3")):
+            right += fit_frame(quickstart(law, noise=0.008, seed=seed), (3,), bootstrap=0).choose()[0] == name
+    assert right >= 33, right
 
 
 def test_it_allocates_where_approach_2_cannot():
@@ -216,20 +241,29 @@ def test_the_record_is_json(bent):
     assert claim["interval"][0] < claim["interval_mean"][0] < claim["loss"] < claim["interval"][1]
 
 
-def test_the_laws_count_by_their_likelihood_on_the_largest_budget(bent):
-    def with_errors(additive, coupled):
-        return replace(
-            bent,
-            additive=replace(bent.additive, holdout_error=additive),
-            coupled=replace(bent.coupled, holdout_error=coupled),
-        )
+def test_the_criterion_is_the_likelihood_of_laplace_errors(bent):
+    """Against scipy's density at its best scale, up to a constant that both laws share."""
+    found = [
+        2 * part.fit.n_parameters - 2 * stats.laplace.logpdf(part.fit.residuals, scale=part.fit.mean_error).sum()
+        for part in (bent.additive, bent.coupled)
+    ]
+    assert bent.additive.fit.aic - bent.coupled.fit.aic == pytest.approx(found[0] - found[1], rel=1e-9)
+    scales = bent.coupled.fit.mean_error * np.array([0.9, 1.0, 1.1])
+    assert np.argmax([stats.laplace.logpdf(bent.coupled.fit.residuals, scale=s).sum() for s in scales]) == 1
 
-    # Five held-out runs under a normal error of the size that fits them best: density sigma^-5, up to a constant.
-    assert bent.additive.holdout_runs == 5
-    assert with_errors(0.02, 0.01).weights() == pytest.approx({"approach3": 1 / 33, "coupled": 32 / 33})
-    assert with_errors(0.01, 0.01).weights() == pytest.approx({"approach3": 0.5, "coupled": 0.5})
-    assert with_errors(None, 0.01).weights() == {"approach3": 1.0}
-    sure, torn = (predict(with_errors(e, 0.006), flops=TARGET, n=BEST.n, d=BEST.d) for e in (0.1, 0.006))
+
+def test_the_laws_count_by_their_akaike_weights(bent):
+    n = len(bent.runs)
+    ratio = 1.02**n / math.e  # of the likelihoods, less a factor e for the parameter more
+    expected = {"approach3": 1 / (1 + ratio), "coupled": ratio / (1 + ratio)}
+    assert with_errors(bent, 0.0102, 0.01).weights() == pytest.approx(expected)
+    assert with_errors(bent, 0.01, 0.01).weights() == pytest.approx(
+        {"approach3": math.e / (1 + math.e), "coupled": 1 / (1 + math.e)}
+    )
+    assert replace(bent, coupled=None).weights() == {"approach3": 1.0}
+    torn, sure = (
+        predict(with_errors(bent, e, 0.005), flops=TARGET, n=BEST.n, d=BEST.d) for e in (0.005 * math.e ** (1 / n), 1.0)
+    )
     low, high = sorted(torn.loss_by_law.values())
     assert torn.interval_mean[0] < low < high < torn.interval_mean[1]
     assert torn.interval[1] - torn.interval[0] > sure.interval[1] - sure.interval[0]
