@@ -167,9 +167,7 @@ def _fit(study: Study) -> Section:
             row += [_pair(bounds.get(key))]
     notes = [_fit_note(LAWS[name], fit) for name, fit in zip(names, fits, strict=True)]
     if len(names) > 1:
-        notes.append(
-            "The law of the smaller Akaike criterion makes the prediction; intervals mix both by its weights."
-        )
+        notes.append("The law of the smaller Akaike criterion makes the prediction; intervals mix both by its weights.")
     figures = (Figures(pictures),) if pictures else ()
     return Section(
         "fit",
