@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -26,6 +27,8 @@ _CONVERT = (
 class Checkpoint:
     """The tensors of a folder by name, as `rename` gives it (None: leave the tensor out). Nothing is read yet.
 
+    Of a tensor in `rows` only that many rows count.
+
     fp8 weights with a scale a block count as tensors of `fp8_dtype`, the scales as part of them.
     """
 
@@ -33,10 +36,11 @@ class Checkpoint:
         self,
         folder: Path,
         rename: Callable[[str], str | None] = lambda name: name,
+        rows: Mapping[str, int] = MappingProxyType({}),
         fp8_block: tuple[int, int] = (128, 128),
         fp8_dtype: np.dtype = np.dtype(ml_dtypes.bfloat16),
     ) -> None:
-        self.folder, self._block, self._fp8 = folder, fp8_block, fp8_dtype
+        self.folder, self._rows, self._block, self._fp8 = folder, rows, fp8_block, fp8_dtype
         self.left_out = 0
         self._at: dict[str, tuple[SafeFile, str]] = {}
         for file, name in _tensors(folder):
@@ -53,9 +57,12 @@ class Checkpoint:
             self._check_scale(name)
 
     def entry(self, name: str) -> Entry:
-        """Type, shape and place of a tensor as it is on the disk."""
+        """Type, shape (with the rows that count) and place of a tensor on the disk."""
         file, there = self._at[name]
-        return file.entries[there]
+        entry = file.entries[there]
+        if name in self._rows and entry.shape:
+            entry = entry._replace(shape=(min(self._rows[name], entry.shape[0]), *entry.shape[1:]))
+        return entry
 
     def dtype(self, name: str) -> np.dtype:
         """The float type its numbers arrive in. Raises UserError for a tensor of integers."""

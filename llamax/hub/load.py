@@ -98,12 +98,13 @@ def open_folder(folder: Path) -> Source:
         raise UserError(f"{folder}: no {CONFIG}; give a run directory or the folder of a Hugging Face model")
     where = str(folder / CONFIG)
     data = strict_json((folder / CONFIG).read_bytes(), where)
-    config, dialect, wrapper = read_config(data, where)
+    config, dialect, part = read_config(data, where)
     tied = config.head.tied
 
-    rename = wrapper.rename if wrapper else lambda name: name
-    checkpoint = Checkpoint(folder, rename, _fp8_block(data, where), _float_type(data))
-    if wrapper and checkpoint.left_out:
+    rename = part.rename if part else lambda name: name
+    rows = part.rows if part else {}
+    checkpoint = Checkpoint(folder, rename, rows, _fp8_block(data, where), _float_type(data))
+    if part and checkpoint.left_out:
         warnings.warn(
             f"{folder}: {checkpoint.left_out} tensors outside the text model are left out; images are not read",
             stacklevel=3,

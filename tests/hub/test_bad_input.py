@@ -159,12 +159,25 @@ def test_index_of_pickles(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- config
+def mllama(layers: Any, left_out: Any) -> dict[str, Any]:
+    text = {"num_hidden_layers": layers, "cross_attention_layers": left_out}
+    return {"model_type": "mllama", "text_config": text}
+
+
 @pytest.mark.parametrize(
     ("fields", "pattern"),
     [
         ({"model_type": "mystral"}, "model_type 'mystral' is not known; nearest: mistral"),
         ({"model_type": 3}, "model_type is 3"),
-        ({"model_type": "mllama"}, "cross-attention"),
+        ({"model_type": "phi3small"}, "block-sparse attention"),
+        (
+            mllama(2, [5]),
+            r"cross_attention_layers = \[5\]: give the numbers, from 0, of some of the num_hidden_layers",
+        ),
+        (mllama(2, [0, 0]), "some of the num_hidden_layers = 2 layers"),
+        (mllama(1, [0]), "num_hidden_layers = 1 layers"),
+        (mllama("2", [0]), "num_hidden_layers = '2' layers"),
+        (mllama(2, None), "cross_attention_layers = None"),
         ({"hidden_size": "twelve"}, "hidden_size = 'twelve': give a positive integer"),
         ({"hidden_size": 13, "head_dim": None}, "not a multiple"),
         ({"num_hidden_layers": 10**9}, "at most 512 layers"),

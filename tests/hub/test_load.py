@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,38 @@ def test_run_directory_there_and_back(tmp_path: Path) -> None:
     assert config.model.dialect == "mistral"
     export_run(tmp_path / "run", tmp_path / "out")
     assert {k: a.tobytes() for k, a in tensors(tmp_path / "out").items()} == {k: a.tobytes() for k, a in found.items()}
+
+
+def test_the_text_model_of_llama_3_2_vision(tmp_path: Path) -> None:
+    """Layers that read images, set between those of a Llama, and rows after its vocabulary: text passes them by."""
+    plain, found = OWN / "llama", tensors(OWN / "llama")
+    config = json.loads((plain / "config.json").read_text())
+    at = {0: 0, 1: 2, 2: 3, 3: 4, 4: 5}  # between them, and after: a layer 1 and a layer 6 of cross-attention
+    assert config["num_hidden_layers"] == len(at)
+    wrapped = {
+        "vision_model.class_embedding": np.ones(3, np.float32),
+        "multi_modal_projector.bias": np.ones(3, np.float32),
+    }
+    for name, array in found.items():
+        new = re.sub(r"layers\.(\d+)\.", lambda match: f"layers.{at[int(match[1])]}.", name)
+        if name == "model.embed_tokens.weight":
+            array = np.concatenate([array, np.full((8, array.shape[1]), 9.0, array.dtype)])
+        wrapped[f"language_model.{new}"] = array
+        if "layers.0.mlp" in name or "layers.0.input" in name:
+            for i in (1, 6):
+                wrapped[f"language_model.{name.replace('layers.0.', f'layers.{i}.')}"] = array + 1
+    text = config | {"num_hidden_layers": 7, "cross_attention_layers": [1, 6], "model_type": "mllama_text_model"}
+    folder = copy(plain, tmp_path / "vision")
+    (folder / "config.json").write_text(json.dumps({"model_type": "mllama", "text_config": text}))
+    write(folder, wrapped)
+    with pytest.warns(UserWarning, match=f"{len(wrapped) - len(found)} tensors outside the text model are left out"):
+        model, run = load_hf(folder)
+    direct, other = load_hf(plain)
+    assert run.model == other.model
+    tokens = jnp.arange(9)[None]
+    np.testing.assert_array_equal(np.asarray(model(tokens)), np.asarray(direct(tokens)))
+    export_hf(model, run, tmp_path / "out")
+    assert {n: a.tobytes() for n, a in tensors(tmp_path / "out").items()} == {n: a.tobytes() for n, a in found.items()}
 
 
 def test_tokenizer_files_go_through_a_run_directory(tmp_path: Path) -> None:

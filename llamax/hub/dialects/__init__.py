@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,41 +23,88 @@ DIALECTS: dict[str, Dialect] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Wrapper:
-    """A model of several parts whose text part is a dialect: its config, and where its tensors are.
-
-    A tensor's name is the text model's after one of `prefixes` is replaced; every other tensor is left out.
-    """
-
-    text: str
-    prefixes: dict[str, str] = field(
-        default_factory=lambda: {
-            "language_model.model.": "model.",
-            "language_model.lm_head.": "lm_head.",
-            "model.language_model.": "model.",
-            "lm_head.": "lm_head.",
-        }
-    )
-
-    def rename(self, name: str) -> str | None:
-        """The text model's name of a tensor, None for one of another part."""
-        for theirs, ours in self.prefixes.items():
-            if name.startswith(theirs):
-                return ours + name.removeprefix(theirs)
-        return None
-
-
-WRAPPERS = {"gemma3": Wrapper("gemma3_text"), "llama4": Wrapper("llama4_text")}
-REFUSED = {
-    "mllama": "its text model reads images through cross-attention layers that llamax does not have; take a text-only "
-    "Llama 3.2 or the 3.1 model of the same size",
-    "phi3small": "its block-sparse attention and GEGELU are not among llamax's components",
+PREFIXES = {  # of the text model's tensors in the files of a wrapper, old and new, and what ours have in their place
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "model.language_model.": "model.",
+    "lm_head.": "lm_head.",
 }
 
 
-def read_config(data: Any, where: str) -> tuple[ModelConfig, Dialect, Wrapper | None]:
-    """The model that a config.json describes, the dialect it is written in, and what wraps it if anything.
+@dataclass(frozen=True)
+class Wrapper:
+    """A model of several parts whose text part is a dialect: where in its config and its tensors that part is.
+
+    adapters: the field of the text config that lists the layers which read another part, and which text alone passes
+    by: without them it is the dialect's model. spare_rows: the embedding has rows after the vocabulary's.
+    """
+
+    text: str
+    adapters: str | None = None
+    spare_rows: bool = False
+
+    def text_config(self, data: dict[str, Any], where: str) -> tuple[dict[str, Any], TextPart]:
+        """The config.json data of the text model alone, and where its tensors are.
+
+        Raises:
+            UserError: no text_config, or layers to leave out that are none.
+        """
+        inner = data.get("text_config")
+        if not isinstance(inner, dict):
+            raise UserError(f"{where}: text_config is {str(inner)[:40]!r}; a {data['model_type']} model needs its text "
+                            "part there")  # fmt: skip
+        outer = {name: data[name] for name in ("tie_word_embeddings",) if name in data}
+        text = {**outer, **inner}
+        if self.adapters is None:
+            return text, TextPart()
+        out, count = text.pop(self.adapters, []), text.get("num_hidden_layers")
+        count = count if type(count) is int else 0
+        known = isinstance(out, list) and all(type(i) is int and 0 <= i < count for i in out)
+        if not known or len(set(out)) != len(out) or len(out) >= count:
+            raise UserError(
+                f"{where}: text_config.{self.adapters} = {str(out)[:80]}: give the numbers, from 0, of some of the "
+                f"num_hidden_layers = {text.get('num_hidden_layers')!r} layers"
+            )
+        rows = {"model.embed_tokens.weight": text["vocab_size"]} if self.spare_rows and "vocab_size" in text else {}
+        return {**text, "num_hidden_layers": count - len(out)}, TextPart(frozenset(out), rows)
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """The text model's tensors among those of a wrapper.
+
+    left_out: layers of the file that the text model has not; the others close ranks. rows: how many rows of a tensor
+    are its own, where the file has more.
+    """
+
+    left_out: frozenset[int] = frozenset()
+    rows: Mapping[str, int] = field(default_factory=dict)
+
+    def rename(self, name: str) -> str | None:
+        """The text model's name of a tensor, None for one of another part."""
+        start = next((start for start in PREFIXES if name.startswith(start)), None)
+        if start is None:
+            return None
+        ours = PREFIXES[start] + name.removeprefix(start)
+        layer = re.fullmatch(r"(model\.layers\.)(\d{1,6})(\..*)", ours)
+        if layer is None or not self.left_out:
+            return ours
+        number = int(layer[2])
+        if number in self.left_out:
+            return None
+        return f"{layer[1]}{number - sum(i < number for i in self.left_out)}{layer[3]}"
+
+
+WRAPPERS = {
+    "gemma3": Wrapper("gemma3_text"),
+    "llama4": Wrapper("llama4_text"),
+    "mllama": Wrapper("llama", adapters="cross_attention_layers", spare_rows=True),
+}
+REFUSED = {"phi3small": "its block-sparse attention and GEGELU are not among llamax's components"}
+
+
+def read_config(data: Any, where: str) -> tuple[ModelConfig, Dialect, TextPart | None]:
+    """The model that a config.json describes, the dialect it is written in, and its part of a wrapper if it is one.
 
     Raises:
         UserError: no object, an unknown model_type, or a field llamax cannot express.
@@ -68,13 +116,10 @@ def read_config(data: Any, where: str) -> tuple[ModelConfig, Dialect, Wrapper | 
         raise UserError(f"{where}: model_type is {kind!r}; give the config.json of a transformers model")
     if kind in REFUSED:
         raise UserError(f"{where}: model_type {kind!r}: {REFUSED[kind]}")
-    wrapper = WRAPPERS.get(kind)
-    if wrapper is not None:
-        inner = data.get("text_config")
-        if not isinstance(inner, dict):
-            raise UserError(f"{where}: text_config is {str(inner)[:40]!r}; a {kind} model needs its text part there")
-        outer = {name: data[name] for name in ("tie_word_embeddings",) if name in data}
-        data, kind = {**outer, **inner}, wrapper.text
+    part = None
+    if kind in WRAPPERS:
+        data, part = WRAPPERS[kind].text_config(data, where)
+        kind = WRAPPERS[kind].text
     if kind not in DIALECTS:
         raise UserError(f"{where}: {unknown('model_type', kind, [*DIALECTS, *WRAPPERS])}")
     dialect = DIALECTS[kind]
@@ -84,7 +129,7 @@ def read_config(data: Any, where: str) -> tuple[ModelConfig, Dialect, Wrapper | 
         if not isinstance(value, bool | int | str | None) or value not in allowed:
             raise hf.refuse(name, value, f"llamax has only {' or '.join(map(repr, allowed))} here")
     _check_quantization(hf)
-    return validate(ModelConfig, dialect.to_model(hf), where), dialect, wrapper
+    return validate(ModelConfig, dialect.to_model(hf), where), dialect, part
 
 
 def _check_quantization(hf: Hf) -> None:
