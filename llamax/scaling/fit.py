@@ -71,7 +71,7 @@ class ScalingFit:
 
         exp(-aic / 2), normalized (Burnham and Anderson 2002, section 2.9): the likelihood of all runs, less a factor e
         a parameter. Leaving the largest budget out tests extrapolation itself, but on too few runs to choose by: that
-        takes the wrong law in 23 % of synthetic studies, these weights in 3 % (docs/decisions.md).
+        takes the wrong law in 23 % of synthetic studies, these weights in 2 % (docs/decisions.md).
 
         Raises:
             UserError: without approach 3.
