@@ -6,11 +6,12 @@ Each union is discriminated by `kind`. A component that changes how a block comp
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from llamax.config.base import Frozen
+from llamax.config.rotary import RopeScaling
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -46,71 +47,6 @@ Norm = Annotated[RMSNorm | LayerNorm | NoNorm, Field(discriminator="kind")]
 
 
 # ---------------------------------------------------------------- position
-class RopeLinear(Frozen):
-    """Position interpolation: every frequency divided by `factor` (arXiv:2306.15595)."""
-
-    kind: Literal["linear"] = "linear"
-    factor: PositiveFloat
-
-
-class RopeLlama3(Frozen):
-    """Llama 3.1's piecewise scaling: long wavelengths divided by `factor`, short ones kept (arXiv:2407.21783)."""
-
-    kind: Literal["llama3"] = "llama3"
-    factor: PositiveFloat
-    low_freq_factor: PositiveFloat = 1.0
-    high_freq_factor: PositiveFloat = 4.0
-    original_max_len: PositiveInt = 8192
-
-
-class RopeYarn(Frozen):
-    """YaRN: NTK-by-parts interpolation and a temperature on the attention logits (arXiv:2309.00071).
-
-    Without the `mscale` pair cos and sin are multiplied by 0.1 ln(factor) + 1; with it by
-    m(mscale)/m(mscale_all_dim), m(a) = 0.1 a ln(factor) + 1, as DeepSeek-V2 does.
-    """
-
-    kind: Literal["yarn"] = "yarn"
-    factor: PositiveFloat
-    original_max_len: PositiveInt
-    beta_fast: PositiveFloat = 32.0
-    beta_slow: PositiveFloat = 1.0
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-
-    @model_validator(mode="after")
-    def _pair(self) -> RopeYarn:
-        if (self.mscale is None) != (self.mscale_all_dim is None):
-            raise ValueError(f"mscale={self.mscale} and mscale_all_dim={self.mscale_all_dim}: give both or neither")
-        return self
-
-
-class RopeLongrope(Frozen):
-    """LongRoPE: every frequency divided by a searched factor of its own (arXiv:2402.13753, Phi-3).
-
-    `long` serves whole sequences of more than `original_max_len` tokens, `short` the others; each has one entry a
-    frequency. cos and sin are multiplied by sqrt(1 + ln(factor) / ln(original_max_len)) in both cases.
-    """
-
-    kind: Literal["longrope"] = "longrope"
-    short: tuple[PositiveFloat, ...] = Field(min_length=1)
-    long: tuple[PositiveFloat, ...] = Field(min_length=1)
-    original_max_len: Annotated[int, Field(gt=1)]
-    factor: Annotated[float, Field(ge=1.0)]
-
-    @field_validator("short", "long", mode="before")
-    @classmethod
-    def _tuple(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
-    @model_validator(mode="after")
-    def _lengths(self) -> RopeLongrope:
-        if len(self.short) != len(self.long):
-            raise ValueError(f"short has {len(self.short)} factors and long {len(self.long)}; give one a frequency")
-        return self
-
-
-RopeScaling = Annotated[RopeLinear | RopeLlama3 | RopeYarn | RopeLongrope, Field(discriminator="kind")]
 RotaryLayout = Literal["half", "interleaved"]
 
 
@@ -164,14 +100,33 @@ class Temperature(Frozen):
     floor: PositiveInt = 8192
 
 
+class BlockSparse(Frozen):
+    """Which blocks of `size` keys a query sees (Phi-3-small, arXiv:2404.14219): its own, the `local` - 1 before it, and
+    of the older ones every `stride`-th.
+
+    Head h sees the older block j where j + 1 + h x step is a multiple of `stride`. `heads`: with `shifted` the step is
+    max(1, stride // heads), so that the heads together see them all; with `alike` it is 0.
+    """
+
+    size: PositiveInt
+    local: PositiveInt
+    stride: PositiveInt
+    heads: Literal["shifted", "alike"] = "shifted"
+
+    def remainders(self, heads: int) -> tuple[int, ...]:
+        """Of each of `heads` heads, the remainder modulo `stride` of the older blocks it sees."""
+        step = max(1, self.stride // heads) if self.heads == "shifted" else 0
+        return tuple((-1 - h * step) % self.stride for h in range(heads))
+
+
 class GroupedQueryAttention(Frozen):
     """Softmax attention with `kv_heads` shared by groups of query heads (arXiv:2305.13245).
 
     `kv_heads = heads` is multi-head, `kv_heads = 1` multi-query. `window` counts keys, the query's own included
-    (Mistral); `chunk` lets a query see its own block of `chunk` positions, no further back (Llama 4); `softcap` caps
-    the logits at cap * tanh(logit / cap) before the mask (Gemma 2); `scale` defaults to head_dim ** -0.5; `clip`
-    clamps queries, keys and values to [-clip, clip] before anything else (DBRX); `temperature` sharpens far queries
-    (Llama 4).
+    (Mistral); `chunk` lets a query see its own block of `chunk` positions, no further back (Llama 4); `block_sparse`
+    lets it see near blocks and some of the far ones, others by head; `softcap` caps the logits at
+    cap * tanh(logit / cap) before the mask (Gemma 2); `scale` defaults to head_dim ** -0.5; `clip` clamps queries, keys
+    and values to [-clip, clip] before anything else (DBRX); `temperature` sharpens far queries (Llama 4).
 
     `qk_norm` normalizes queries and keys over head_dim, `before` the rotary (Qwen 3, arXiv:2302.05442) or `after` it
     (Llama 4), with weights `shared` by the heads or one set `per_head` (Command R+).
@@ -183,6 +138,7 @@ class GroupedQueryAttention(Frozen):
     head_dim: PositiveInt
     window: PositiveInt | None = None
     chunk: PositiveInt | None = None
+    block_sparse: BlockSparse | None = None
     softcap: PositiveFloat | None = None
     scale: PositiveFloat | None = None
     clip: PositiveFloat | None = None
@@ -209,8 +165,10 @@ class GroupedQueryAttention(Frozen):
             raise ValueError(
                 f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}; choose a divisor of heads"
             )
-        if self.window is not None and self.chunk is not None:
-            raise ValueError(f"window={self.window} and chunk={self.chunk}: give one of them")
+        masks = {name: getattr(self, name) for name in ("window", "chunk", "block_sparse")}
+        given = [f"{name}={value}" for name, value in masks.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)}: give one of them")
         return self
 
 
@@ -272,16 +230,32 @@ Attention = Annotated[GroupedQueryAttention | LatentAttention, Field(discriminat
 
 # ---------------------------------------------------------------- mlp
 class DenseMlp(Frozen):
-    """Feed-forward block of width `d_ff`. The `*glu` kinds have a gate (arXiv:2002.05202); relu2 is squared ReLU."""
+    """Feed-forward block of width `d_ff`. The `*glu` kinds have a gate (arXiv:2002.05202); relu2 is squared ReLU.
 
-    kind: Literal["swiglu", "geglu", "reglu", "relu2", "gelu", "silu"]
+    Of the gated kinds, quick_geglu takes x sigmoid(1.702 x) for GELU (arXiv:1606.08415); `limit` clamps the gate to at
+    most `limit` before the nonlinearity, and what it multiplies to [-limit, limit]; `linear` multiplies by that (`one`)
+    or by 1 + that (`one_plus`). All three together are Phi-3-small's GEGELU.
+    """
+
+    kind: Literal["swiglu", "geglu", "quick_geglu", "reglu", "relu2", "gelu", "silu"]
     d_ff: PositiveInt
     bias: bool = False
+    limit: PositiveFloat | None = None
+    linear: Literal["one", "one_plus"] = "one"
 
     @property
     def gated(self) -> bool:
         """Whether a second input projection gates the first."""
-        return self.kind in ("swiglu", "geglu", "reglu")
+        return self.kind in ("swiglu", "geglu", "quick_geglu", "reglu")
+
+    @model_validator(mode="after")
+    def _gate(self) -> DenseMlp:
+        if not self.gated and (self.limit is not None or self.linear != "one"):
+            raise ValueError(
+                f"kind={self.kind} has no gate for limit={self.limit} and linear={self.linear}; "
+                "choose a *glu kind, or set limit=null and linear=one"
+            )
+        return self
 
 
 class ExpertGroups(Frozen):

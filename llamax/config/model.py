@@ -16,9 +16,10 @@ from pydantic import (
 )
 
 from llamax.config.base import Frozen
-from llamax.config.components import Attention, Init, Mlp, MoeMlp, Norm, Position, RMSNorm, Rope, RopeLongrope
+from llamax.config.components import Attention, Init, Mlp, MoeMlp, Norm, Position, RMSNorm, Rope
 from llamax.config.merge import merge
 from llamax.config.messages import explain
+from llamax.config.rotary import RopeLongrope
 
 
 class Block(Frozen):
@@ -55,9 +56,10 @@ class Segment(Frozen):
 
 
 class Embedding(Frozen):
-    """The input table. `scale` multiplies its output: `sqrt_d_model` as in Gemma, `none` otherwise."""
+    """The input table. `scale` multiplies its output: `none`, `sqrt_d_model` as in Gemma, or a number (the muP factor
+    of Phi-3-small, arXiv:2203.03466)."""
 
-    scale: Literal["none", "sqrt_d_model"] = "none"
+    scale: Literal["none", "sqrt_d_model"] | PositiveFloat = "none"
 
 
 class Head(Frozen):

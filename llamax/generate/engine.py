@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from llamax.config.components import RopeLongrope
+from llamax.config.rotary import RopeLongrope
 from llamax.errors import UserError
 from llamax.generate.sampling import Rows, Sampling, rows_of, sample
 from llamax.mesh.rules import Rules, batch_ways, load_rules, shardings, spec_of

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from llamax.config.components import GroupedQueryAttention, Init, Position, Rope
+from llamax.config.components import BlockSparse, GroupedQueryAttention, Init, Position, Rope
 from llamax.model.cache import KeyValues, Slot, Step, extend
 from llamax.model.execution import Execution
 from llamax.model.linear import contract, parameter, weight
@@ -27,6 +27,7 @@ class Logits(NamedTuple):
     window: int | None = None
     slopes: tuple[float, ...] | None = None
     chunk: int | None = None
+    block_sparse: BlockSparse | None = None
 
 
 class Sight(NamedTuple):
@@ -54,9 +55,10 @@ def attend(
 ) -> Float[Array, "batch queries heads value_dim"]:
     """softmax(mask(cap(scale q k^T) + alibi)) v, the softmax in float32.
 
-    A query at position t sees keys at s with 0 <= t - s < window, in its own chunk of positions, and what `sight`
-    leaves of them. kv head j serves query heads j g .. (j + 1) g - 1. The backward rule is explicit: it multiplies in
-    `compute` with float32 accumulation and avoids the masks and reductions autodiff leaves behind.
+    A query at position t sees keys at s with 0 <= t - s < window, in its own chunk of positions, in the blocks of
+    positions that its head sees, and what `sight` leaves of them. kv head j serves query heads j g .. (j + 1) g - 1.
+    The backward rule is explicit: it multiplies in `compute` with float32 accumulation and avoids the masks and
+    reductions autodiff leaves behind.
     """
     return _attend(q, k, v, sight, logits, compute)[0]
 
@@ -71,7 +73,7 @@ def _attend(
     if logits.softcap is not None:
         tanh = jnp.tanh(scores / logits.softcap)
         scores, slope = logits.softcap * tanh, (1 - tanh * tanh,)
-    p = jax.nn.softmax(scores + _bias(queries, k, sight, logits), axis=-1)
+    p = jax.nn.softmax(scores + _bias(queries, k, heads, sight, logits), axis=-1)
     out = _einsum("bjgts,bsjd->btjgd", p, v, compute).reshape(batch, queries, heads, -1).astype(q.dtype)
     return out, (p.astype(jnp.dtype(compute)), *slope)
 
@@ -80,9 +82,7 @@ def visible(
     queries: int, keys: int, sight: Sight, window: int | None = None, chunk: int | None = None
 ) -> tuple[Bool[Array, "#rows queries keys"], Int[Array, "#rows queries keys"]]:
     """(whether each of `queries` sees each of `keys`, how far back the key is); one row where all rows are alike."""
-    # Positions that are not given are constants, so that the mask of training is one too.
-    t = jnp.arange(queries)[None] if sight.queries is None else sight.queries
-    s = jnp.arange(keys)[None] if sight.keys is None else sight.keys
+    t, s = _positions(queries, keys, sight)
     distance = t[:, :, None] - s[:, None, :]
     keep = distance >= 0
     if window is not None:
@@ -96,9 +96,29 @@ def visible(
     return keep, distance
 
 
-def _bias(queries: int, k: Array, sight: Sight, logits: Logits) -> Array:
+def _positions(queries: int, keys: int, sight: Sight) -> tuple[Array, Array]:
+    # Positions that are not given are constants, so that the mask of training is one too.
+    t = jnp.arange(queries)[None] if sight.queries is None else sight.queries
+    s = jnp.arange(keys)[None] if sight.keys is None else sight.keys
+    return t, s
+
+
+def in_blocks(
+    pattern: BlockSparse, heads: int, t: Int[Array, "#rows queries"], s: Int[Array, "#rows keys"]
+) -> Bool[Array, "#rows {heads} queries keys"]:
+    """Whether the key at each position s is in a block that the query at t sees, by head; the causal mask is apart."""
+    query_block, key_block = t // pattern.size, s // pattern.size
+    near = query_block[:, :, None] - key_block[:, None, :] < pattern.local
+    far = key_block[:, None] % pattern.stride == jnp.asarray(pattern.remainders(heads))[:, None]
+    return near[:, None] | far[:, :, None]
+
+
+def _bias(queries: int, k: Array, heads: int, sight: Sight, logits: Logits) -> Array:
     """ALiBi and the mask, [1 or batch, kv_heads or 1, group or 1, queries, keys]; masked entries very negative."""
     keep, distance = (x[:, None, None] for x in visible(queries, k.shape[1], sight, logits.window, logits.chunk))
+    if logits.block_sparse is not None:
+        blocks = in_blocks(logits.block_sparse, heads, *_positions(queries, k.shape[1], sight))
+        keep = keep & blocks.reshape(len(blocks), k.shape[2], -1, *blocks.shape[2:])
     bias = jnp.where(keep, 0.0, -1e30)
     if logits.slopes is not None:
         slopes = jnp.asarray(logits.slopes, jnp.float32).reshape(1, k.shape[2], -1, 1, 1)
@@ -174,7 +194,7 @@ class SelfAttention(nnx.Module):
         config = self.config
         slopes = tuple(alibi_slopes(config.heads).tolist()) if self.position.kind == "alibi" else None
         scale = config.scale if config.scale is not None else logit_scale(self.position, config.head_dim)
-        return Logits(scale, config.softcap, config.window, slopes, config.chunk)
+        return Logits(scale, config.softcap, config.window, slopes, config.chunk, config.block_sparse)
 
     def __call__(
         self,

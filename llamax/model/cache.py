@@ -1,9 +1,10 @@
 """What a model remembers of the tokens it has read, each attention kind in the form it deserves.
 
-A layer without a window keeps `capacity` slots, one with a window or chunks only as many as the window or chunk is
-long, written round and round. Latent attention keeps one latent and one rotary key a token in place of keys and values,
-sparse attention its index keys too. Which position a slot holds follows from how many tokens the row has, so nothing
-but the values is stored, and rows may have different lengths.
+A layer without a window keeps `capacity` slots (block-sparse attention too: what one head skips another sees), one with
+a window or chunks only as many as the window or chunk is long, written round and round. Latent attention keeps one
+latent and one rotary key a token in place of keys and values, sparse attention its index keys too. Which position a
+slot holds follows from how many tokens the row has, so nothing but the values is stored, and rows may have different
+lengths.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from llamax.model.linear import contract, parameter, weight
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "swiglu": jax.nn.silu,
     "geglu": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_geglu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # arXiv:1606.08415, section 2
     "reglu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # arXiv:2109.08668
     "gelu": lambda x: jax.nn.gelu(x, approximate=True),
@@ -24,8 +25,21 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+def activate(
+    config: DenseMlp, up: Float[Array, "*where"], gate: Float[Array, "*where"] | None
+) -> Float[Array, "*where"]:
+    """What `down` reads: act(up) without a gate, else act(gate) times up or, with `linear=one_plus`, times 1 + up; both
+    clamped before where the config has a limit."""
+    activation = ACTIVATIONS[config.kind]
+    if gate is None:
+        return activation(up)
+    if config.limit is not None:
+        gate, up = jnp.minimum(gate, config.limit), jnp.clip(up, -config.limit, config.limit)
+    return activation(gate) * (up + 1 if config.linear == "one_plus" else up)
+
+
 class FeedForward(nnx.Module):
-    """down(act(gate(x)) * up(x)), or down(act(up(x))) for the kinds without a gate."""
+    """down(activate(up(x), gate(x))), the gate for the kinds that have one."""
 
     def __init__(self, config: DenseMlp, d_model: int, init: Init, gain: Float[Array, ""], *, key: Key[Array, ""]):
         keys = jax.random.split(key, 3)
@@ -42,16 +56,13 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch seq d_model"], execution: Execution) -> Float[Array, "batch seq d_model"]:
         """The block's output before it joins the residual stream."""
-        activation = ACTIVATIONS[self.config.kind]
-        hidden = contract(x, self.up[...], 1, execution.compute)
+        up = contract(x, self.up[...], 1, execution.compute)
         if self.config.bias:
-            hidden = hidden + self.up_bias.astype(hidden.dtype)
+            up = up + self.up_bias.astype(up.dtype)
+        gate = None
         if self.config.gated:
             gate = contract(x, self.gate[...], 1, execution.compute)
             if self.config.bias:
                 gate = gate + self.gate_bias.astype(gate.dtype)
-            hidden = activation(gate) * hidden
-        else:
-            hidden = activation(hidden)
-        out = contract(hidden, self.down[...], 1, execution.compute)
+        out = contract(activate(self.config, up, gate), self.down[...], 1, execution.compute)
         return out + self.down_bias.astype(out.dtype) if self.config.bias else out

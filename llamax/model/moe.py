@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Key
 from llamax.config.components import Init, MoeMlp
 from llamax.model.execution import Execution
 from llamax.model.linear import contract, parameter, weight
-from llamax.model.mlp import ACTIVATIONS, FeedForward
+from llamax.model.mlp import FeedForward, activate
 from llamax.model.router import Choice, load, route, router_statistics
 from llamax.model.statistics import LOAD, Statistics
 
@@ -79,10 +79,8 @@ class MixtureOfExperts(nnx.Module):
         rows = tokens[order // k]
         if self.config.router.weigh == "input":
             rows = (rows * weights).astype(tokens.dtype)
-        hidden = grouped(rows, self.up)
-        activation = ACTIVATIONS[self.config.expert.kind]
-        hidden = activation(grouped(rows, self.gate)) * hidden if self.config.expert.gated else activation(hidden)
-        out = grouped(hidden, self.down)
+        gate = grouped(rows, self.gate) if self.config.expert.gated else None
+        out = grouped(activate(self.config.expert, grouped(rows, self.up), gate), self.down)
         if self.config.router.weigh == "output":
             out = out * weights
         return jnp.zeros(tokens.shape, jnp.float32).at[order // k].add(out).astype(tokens.dtype)

@@ -9,16 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from llamax.config.components import (
-    Rope,
-    RopeLinear,
-    RopeLlama3,
-    RopeLongrope,
-    RopeYarn,
-    RotaryLayout,
-    Temperature,
-)
+from llamax.config.components import Rope, RotaryLayout, Temperature
 from llamax.config.model import ModelConfig
+from llamax.config.rotary import RopeLinear, RopeLlama3, RopeLongrope, RopeYarn
 
 
 def inverse_frequencies(rope: Rope, head_dim: int, length: int = 0) -> tuple[np.ndarray, float]:
@@ -38,8 +31,9 @@ def inverse_frequencies(rope: Rope, head_dim: int, length: int = 0) -> tuple[np.
         case RopeYarn() as s:
             return _yarn(freqs, rope.theta, dim, s)
         case RopeLongrope() as s:
-            factors = np.asarray(s.long if length > s.original_max_len else s.short)
-            return freqs / factors, math.sqrt(1 + math.log(s.factor) / math.log(s.original_max_len))
+            factors, mscale = (s.long, s.long_mscale) if length > s.original_max_len else (s.short, s.short_mscale)
+            default = math.sqrt(1 + math.log(s.factor) / math.log(s.original_max_len))
+            return freqs / np.asarray(factors), default if mscale is None else mscale
     return freqs, 1.0
 
 

@@ -191,9 +191,10 @@ class Transformer(nnx.Module):
     ) -> Float[Array, "batch seq d_model"]:
         """Token embeddings, scaled where the config says so, without a position."""
         x = self.embedding[...][tokens].astype(execution.activation_dtype)
-        if self.config.embedding.scale == "sqrt_d_model":
-            x = x * jnp.asarray(self.config.d_model**0.5, x.dtype)
-        return x
+        scale = self.config.embedding.scale
+        if scale == "none":
+            return x
+        return x * jnp.asarray(self.config.d_model**0.5 if scale == "sqrt_d_model" else scale, x.dtype)
 
     def _placed(self, x: Array, positions: Array, tables: PositionTables) -> Array:
         """x with the vectors of its positions ([seq] or [batch, seq]) added, for the kinds that have some."""

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llamax.config.components import Init, LatentAttention, Rope, RopeYarn
+from llamax.config.components import Init, LatentAttention, Rope
+from llamax.config.rotary import RopeYarn
 from llamax.model.execution import Execution
 from llamax.model.indexer import choose, divergence, selection
 from llamax.model.mla import MultiHeadLatentAttention

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llamax.config.components import Nope, Rope, RopeLinear, RopeLlama3, RopeLongrope, RopeYarn, Temperature
+from llamax.config.components import Nope, Rope, Temperature
+from llamax.config.rotary import RopeLinear, RopeLlama3, RopeLongrope, RopeYarn
 from llamax.model.position import (
     alibi_slopes,
     inverse_frequencies,
