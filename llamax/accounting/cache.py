@@ -5,6 +5,7 @@
 | gqa       | 2 x kv_heads x head_dim: a key and a value a kv head                                                    |
 | mla       | kv_rank + rope_dim: the normed latent and the rotated shared key (DeepSeek-V2, arXiv:2405.04434)        |
 | indexer   | head_dim: one index key, kept apart from the above (DeepSeek-V3.2)                                      |
+ Block-sparse attention keeps every token, since what one head skips another sees.
  A layer with a window or a chunk appends as much as any until that is full, and nothing after. One as long as the
 model's whole context never fills and counts as none.
 """

@@ -16,7 +16,8 @@ step is three forward passes' worth, because the backward pass has two matrix pr
 |              | the softmax, and each query meets only the keys it can see.                                       |
  K is the number of keys a query is charged for: all `seq_len` (or `window`, `chunk`, an indexer's `top_k`, if smaller)
 under `palm` and `chinchilla`; under `causal` the average number of visible keys, (T + 1) / 2 without a window, which is
-where half the attention goes.
+where half the attention goes. Block-sparse attention counts the mean over its heads: of the most keys a query sees, and
+of the visible ones.
  Latent attention is counted in the form that trains: keys and values expanded to every head. Its widths are nope_dim +
 rope_dim a score and value_dim a value. An indexer's own scores, one for each head and key before the choice of top_k,
 are its row `indexer`, with its three projections; in `palm` its scores join the attention's. `decode` counts one step
@@ -34,6 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from llamax.accounting.keys import Reach, keys_at, most_keys, visible_keys
 from llamax.accounting.params import count_params
 from llamax.config.components import DenseMlp, GroupedQueryAttention, Indexer, LatentAttention, Mlp, MoeMlp
 from llamax.config.model import Block, ModelConfig
@@ -42,15 +44,15 @@ CONVENTIONS = ("6n", "chinchilla", "palm", "causal")
 _ROWS = ("embedding", "qkv", "scores", "softmax", "values", "out", "indexer", "mlp", "router", "experts", "shared")
 _UNCOUNTED = ("embedding", "softmax")  # rows of the appendix F table that are no matrix product
 
-Keys = Callable[[int | None, int | None], float]
-"""(window, chunk) -> the keys a query is charged for."""
+Keys = Callable[[Reach], float]
+"""The keys a query is charged for."""
 
 
 def training_flops_per_token(model: ModelConfig, seq_len: int) -> dict[str, float]:
     """Forward and backward FLOPs per token at sequence length `seq_len`, by convention."""
 
-    def keys(window: int | None, chunk: int | None) -> float:
-        return min(seq_len, window or seq_len, chunk or seq_len)
+    def keys(reach: Reach) -> float:
+        return most_keys(seq_len, reach)
 
     table = _forward(model, keys) | {"mtp": model.mtp * sum(_prediction(model, keys).values())}
     exact = forward_flops_by_component(model, seq_len)
@@ -70,8 +72,8 @@ def forward_flops_by_component(model: ModelConfig, seq_len: int) -> dict[str, fl
     Keys: qkv, scores, values, out, indexer (attention), mlp, router, experts, shared, head, mtp.
     """
 
-    def keys(window: int | None, chunk: int | None) -> float:
-        return visible_keys(seq_len, window, chunk)
+    def keys(reach: Reach) -> float:
+        return visible_keys(seq_len, reach)
 
     return _products(_forward(model, keys)) | {"mtp": model.mtp * sum(_products(_prediction(model, keys)).values())}
 
@@ -84,25 +86,14 @@ def decode_flops_per_token(model: ModelConfig, context: int) -> dict[str, float]
     Prediction modules do not run.
     """
 
-    def keys(window: int | None, chunk: int | None) -> float:
-        return min(context, window or context, (context - 1) % chunk + 1 if chunk else context)
+    def keys(reach: Reach) -> float:
+        return keys_at(context - 1, reach)
 
     return _products(_forward(model, keys, absorbed=True))
 
 
 def _products(table: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in table.items() if name not in _UNCOUNTED}
-
-
-def visible_keys(seq_len: int, window: int | None, chunk: int | None = None) -> float:
-    """Keys a query sees on average under a causal mask: the mean over t = 1..T of min(t, window), where t starts again
-    at 1 every `chunk` positions."""
-    if chunk is not None and chunk < seq_len:
-        whole, rest = divmod(seq_len, chunk)
-        pairs = whole * chunk * visible_keys(chunk, window) + (rest * visible_keys(rest, window) if rest else 0)
-        return pairs / seq_len
-    span = seq_len if window is None else min(seq_len, window)
-    return (span * (span + 1) / 2 + (seq_len - span) * span) / seq_len
 
 
 def _forward(model: ModelConfig, keys: Keys, absorbed: bool = False) -> dict[str, float]:
@@ -142,7 +133,7 @@ def _attention(block: Block, d: int, keys: Keys, absorbed: bool) -> dict[str, fl
         project=d * (a.heads + 2 * a.kv_heads) * a.head_dim,
         pair=(a.heads, a.head_dim, a.head_dim),
         out=a.heads * a.head_dim * d,
-        seen=keys(a.window, a.chunk),
+        seen=keys(Reach(a.window, a.chunk, a.block_sparse, a.heads)),
     )
 
 
@@ -151,7 +142,7 @@ def _latent(a: LatentAttention, d: int, keys: Keys, absorbed: bool) -> dict[str,
     project = d * query if a.q_rank is None else (d + query) * a.q_rank
     project += d * (a.kv_rank + a.rope_dim) + a.kv_rank * a.heads * (a.nope_dim + a.value_dim)
     widths = (a.kv_rank + a.rope_dim, a.kv_rank) if absorbed else (a.head_dim, a.value_dim)
-    seen = keys(a.indexer.top_k if a.indexer else None, None)
+    seen = keys(Reach(a.indexer.top_k if a.indexer else None))
     rows = _softmax_attention(project, (a.heads, *widths), a.heads * a.value_dim * d, seen)
     if a.indexer is None or a.q_rank is None:
         return rows
@@ -174,7 +165,7 @@ def _softmax_attention(project: int, pair: tuple[int, int, int], out: int, seen:
 
 def _score_all(indexer: Indexer, keys: Keys) -> float:
     """Index scores of one query: every head meets every visible key, and the heads' scores are summed by weight."""
-    return 2.0 * indexer.heads * (indexer.head_dim + 1) * keys(None, None)
+    return 2.0 * indexer.heads * (indexer.head_dim + 1) * keys(Reach())
 
 
 def _index_scores(block: Block, keys: Keys) -> float:

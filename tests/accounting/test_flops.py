@@ -14,7 +14,7 @@ from llamax.accounting import (
     forward_flops_by_component,
     training_flops_per_token,
 )
-from llamax.accounting.flops import visible_keys
+from llamax.accounting.keys import Reach, keys_at, most_keys, visible_keys
 from llamax.config.components import LatentAttention, MoeMlp
 from llamax.config.load import load_model, validate
 from llamax.config.model import Block, ModelConfig
@@ -170,17 +170,17 @@ def test_chinchilla_reproduces_the_papers_ratios(
 
 
 def test_visible_keys_of_a_window() -> None:
-    assert visible_keys(8, None) == 4.5
-    assert visible_keys(8, 100) == 4.5
-    assert visible_keys(8, 1) == 1
-    assert visible_keys(8, 3) == (1 + 2 + 6 * 3) / 8
+    assert visible_keys(8, Reach()) == 4.5
+    assert visible_keys(8, Reach(100)) == 4.5
+    assert visible_keys(8, Reach(1)) == 1
+    assert visible_keys(8, Reach(3)) == (1 + 2 + 6 * 3) / 8
 
 
 def test_visible_keys_of_a_chunk() -> None:
-    assert visible_keys(8, None, 100) == 4.5
-    assert visible_keys(8, None, 4) == 2.5
-    assert visible_keys(8, None, 3) == (1 + 2 + 3 + 1 + 2 + 3 + 1 + 2) / 8
-    assert visible_keys(4, 2, 3) == (1 + 2 + 2 + 1) / 4
+    assert visible_keys(8, Reach(None, 100)) == 4.5
+    assert visible_keys(8, Reach(None, 4)) == 2.5
+    assert visible_keys(8, Reach(None, 3)) == (1 + 2 + 3 + 1 + 2 + 3 + 1 + 2) / 8
+    assert visible_keys(4, Reach(2, 3)) == (1 + 2 + 2 + 1) / 4
 
 
 def test_conventions_order_on_a_real_model() -> None:
