@@ -89,7 +89,11 @@ def _write_tensors(
 def _tensor(parts: Parts, arrays: dict[str, Any]) -> np.ndarray:
     """One hub tensor from the arrays that hold its parts; only those slices leave the devices."""
     found = [piece.layout.to_hub(np.asarray(arrays[path][piece.at]), piece.inputs) for path, piece in parts]
-    return found[0] if len(found) == 1 else np.concatenate(found, axis=parts[0][1].layout.fuse)
+    piece = parts[0][1]
+    if piece.rounds > 1:
+        turns = [array.reshape(piece.rounds, -1, *array.shape[1:]) for array in found]
+        return np.concatenate(turns, axis=1).reshape(piece.hub_shape)
+    return found[0] if len(found) == 1 else np.concatenate(found, axis=piece.layout.fuse)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

@@ -19,11 +19,14 @@ Groups = tuple[tuple[int, ...], ...]
 class Layout(NamedTuple):
     """`groups(ndim, inputs)` names, for each axis of the hub's tensor, the axes of ours it is the product of.
 
-    `fuse` is the hub axis along which several arrays of ours follow each other in one tensor.
+    `fuse` is the hub axis along which several arrays of ours follow each other in one tensor. With `dealt` they take
+    turns along its rows instead, as many turns as the shortest of their slowest axes has entries: the query heads of a
+    group, its key head and its value head (Megatron), or a row of the gate and a row of what it multiplies.
     """
 
     groups: Callable[[int, int], Groups]
     fuse: int = 0
+    dealt: bool = False
 
     def hub_shape(self, shape: tuple[int, ...], inputs: int) -> tuple[int, ...]:
         """The hub's shape of an array of ours."""
@@ -52,6 +55,7 @@ def _each(ndim: int, inputs: int) -> Groups:
 MATRIX = Layout(lambda ndim, inputs: (tuple(range(inputs, ndim)), tuple(range(inputs))))  # nn.Linear's [out, in]
 SAME = Layout(_each)
 FLAT = Layout(lambda ndim, inputs: (tuple(range(ndim)),))  # a bias over heads
+DEALT, DEALT_FLAT = MATRIX._replace(dealt=True), FLAT._replace(dealt=True)
 EXPERTS = Layout(_each, fuse=2)  # all experts in one tensor [expert, in, out] (Llama 4)
 ROWS_OUT_IN = Layout(lambda ndim, inputs: ((0, 2), (1,)))  # all experts as rows, [expert x out, in] (DBRX w1, v1)
 ROWS_IN_OUT = Layout(lambda ndim, inputs: ((0, 1), (2,)))  # [expert x in, out] (DBRX w2)

@@ -208,11 +208,17 @@ def _parts(
         fuse, first = piece.layout.fuse, piece.offset if piece.layout.fuse == 0 else 0
         width = piece.layout.hub_shape(piece.shape, piece.inputs)[fuse]
         row = int(np.prod(piece.hub_shape[1:], dtype=np.int64)) * checkpoint.dtype(piece.hub).itemsize
+        row *= (
+            piece.hub_shape[0] // (piece.shape[axis] * step) if piece.rounds > 1 else 1
+        )  # the others' rows come along
         chunk = max(1, limit // max(1, row * step))
         (low, high), at = inner[axis], tuple(i - box[k][0] for k, i in enumerate(piece.at))
         for a in range(low, high, chunk):
             b = min(a + chunk, high)
-            raw = checkpoint.rows(piece.hub, first + a * step, first + b * step)
+            if piece.rounds > 1:
+                raw = _dealt(piece, checkpoint, a * step, b * step)
+            else:
+                raw = checkpoint.rows(piece.hub, first + a * step, first + b * step)
             if fuse:
                 raw = raw[(slice(None),) * fuse + (slice(piece.offset, piece.offset + width),)]
             shape = tuple(b - a if k == axis else size for k, size in enumerate(piece.shape))
@@ -221,3 +227,13 @@ def _parts(
             start = at + tuple(a - low if k == axis else 0 for k in range(len(piece.shape)))
             yield start, ours[cut][(None,) * lead]
             checkpoint.forget(piece.hub)
+
+
+def _dealt(piece: Piece, checkpoint: Checkpoint, start: int, stop: int) -> np.ndarray:
+    """Rows `start` to `stop` of the rows that are this piece's, of a tensor in which the pieces take turns."""
+    turn = piece.hub_shape[0] // piece.rounds
+    own = piece.layout.hub_shape(piece.shape, piece.inputs)[0] // piece.rounds
+    low, high = start // own, -(-stop // own)
+    raw = checkpoint.rows(piece.hub, low * turn, high * turn)
+    raw = raw.reshape(high - low, turn, *raw.shape[1:])[:, piece.offset : piece.offset + own]
+    return raw.reshape(-1, *raw.shape[2:])[start - low * own : stop - low * own]

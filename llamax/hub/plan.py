@@ -16,7 +16,7 @@ class Piece(NamedTuple):
     """The numbers of one hub tensor, or of one part of it, in one array of ours.
 
     `at` are the leading indices of the array (layer, expert), `shape` its shape after them; the part starts at
-    `offset` along the layout's fused axis of a tensor of `hub_shape`.
+    `offset` along the layout's fused axis of a tensor of `hub_shape`, or of each of its `rounds` equal runs of rows.
     """
 
     hub: str
@@ -26,6 +26,7 @@ class Piece(NamedTuple):
     inputs: int
     layout: Layout
     offset: int
+    rounds: int = 1
 
 
 class Target(NamedTuple):
@@ -61,9 +62,12 @@ def plan(config: ModelConfig, dialect: Dialect) -> list[Target]:
                       for shape, ours in zip(shapes, row.ours, strict=True)]  # fmt: skip
         whole = list(hub_shapes[0])
         whole[row.layout.fuse] = sum(shape[row.layout.fuse] for shape in hub_shapes)
-        offset = sum(shape[row.layout.fuse] for shape in hub_shapes[:part])
+        rounds = _rounds(
+            row, [(shape, by_path[place, ours].inputs) for shape, ours in zip(shapes, row.ours, strict=True)]
+        )
+        offset = sum(shape[row.layout.fuse] for shape in hub_shapes[:part]) // rounds
         pieces = tuple(
-            Piece(name, tuple(whole), at, shapes[part], leaf.inputs, row.layout, offset)
+            Piece(name, tuple(whole), at, shapes[part], leaf.inputs, row.layout, offset, rounds)
             for name, at in _names(row, leaf, place, firsts)
         )
         stacked = (leaf.layers,) if leaf.layers else ()
@@ -92,6 +96,13 @@ def _key(leaf: Leaf) -> tuple[tuple[str, ...], str]:
 def _own(leaf: Leaf, row: Row) -> tuple[int, ...]:
     """The shape of what one tensor of `row` holds of `leaf`: of one expert where the name counts them."""
     return leaf.shape[1:] if "{expert}" in row.hub else leaf.shape
+
+
+def _rounds(row: Row, parts: list[tuple[tuple[int, ...], int]]) -> int:
+    """The turns that the parts of a dealt tensor take, each given as (shape, inputs)."""
+    if not row.layout.dealt:
+        return 1
+    return min(shape[row.layout.leading(shape, inputs)[0]] for shape, inputs in parts)
 
 
 def _names(row: Row, leaf: Leaf, place: tuple[str, ...], firsts: list[int]) -> Iterator[tuple[str, tuple[int, ...]]]:

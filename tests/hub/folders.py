@@ -11,6 +11,7 @@ import numpy as np
 
 OWN = Path(__file__).parent / "fixtures"
 NAMES = sorted(path.name for path in OWN.iterdir())
+WITHOUT_CLASS = {"phi3small"}  # model types that transformers 5 cannot build; see phi3small.py
 SPELLINGS = ("config.hub.json", "config.hub_style.json")  # ours, the reference's: files as the hub spells them
 
 

@@ -169,7 +169,6 @@ def mllama(layers: Any, left_out: Any) -> dict[str, Any]:
     [
         ({"model_type": "mystral"}, "model_type 'mystral' is not known; nearest: mistral"),
         ({"model_type": 3}, "model_type is 3"),
-        ({"model_type": "phi3small"}, "block-sparse attention"),
         (
             mllama(2, [5]),
             r"cross_attention_layers = \[5\]: give the numbers, from 0, of some of the num_hidden_layers",

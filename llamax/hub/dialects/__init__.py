@@ -100,7 +100,6 @@ WRAPPERS = {
     "llama4": Wrapper("llama4_text"),
     "mllama": Wrapper("llama", adapters="cross_attention_layers", spare_rows=True),
 }
-REFUSED = {"phi3small": "its block-sparse attention and GEGELU are not among llamax's components"}
 
 
 def read_config(data: Any, where: str) -> tuple[ModelConfig, Dialect, TextPart | None]:
@@ -114,8 +113,6 @@ def read_config(data: Any, where: str) -> tuple[ModelConfig, Dialect, TextPart |
     kind = data.get("model_type")
     if not isinstance(kind, str):
         raise UserError(f"{where}: model_type is {kind!r}; give the config.json of a transformers model")
-    if kind in REFUSED:
-        raise UserError(f"{where}: model_type {kind!r}: {REFUSED[kind]}")
     part = None
     if kind in WRAPPERS:
         data, part = WRAPPERS[kind].text_config(data, where)
@@ -200,9 +197,10 @@ def _meaning(config: ModelConfig) -> dict[str, Any]:
 
 
 def _without_none(data: dict[str, Any]) -> dict[str, Any]:
-    """Fields without a value, except where null says something: that a window or a cap is off."""
+    """Fields without a value, except where null says something: that a window, a cap or a factor is off."""
     off = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "q_lora_rank", "pad_token_id",
-           "attention_chunk_size"}  # fmt: skip
+           "attention_chunk_size", "dense_attention_every_n_layers", "gegelu_limit", "mup_embedding_multiplier",
+           "mup_width_multiplier"}  # fmt: skip
     return {key: value for key, value in data.items() if value is not None or key in off}
 
 

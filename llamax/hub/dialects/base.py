@@ -41,7 +41,7 @@ def assemble(
     blocks: Sequence[Data],
     *,
     norm: Data,
-    scale_embedding: bool = False,
+    embedding_scale: str | float = "none",
     head: Data | None = None,
     mtp: int = 0,
 ) -> Data:
@@ -55,7 +55,7 @@ def assemble(
         "segments": segments([difference(own, block) for block in full]),
         **own,
         "norm": norm,
-        "embedding": {"scale": "sqrt_d_model" if scale_embedding else "none"},
+        "embedding": {"scale": embedding_scale},
         "head": {"tied": hf.flag("tie_word_embeddings"), **(head or {})},
         "mtp": mtp,
         "dialect": dialect,

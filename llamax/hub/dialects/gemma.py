@@ -61,7 +61,7 @@ def _gemma(hf: Hf) -> Data:
     mlp = {"kind": hf.choice(act, {"gelu_pytorch_tanh": "geglu", "gelu": "geglu", None: "geglu"}),
            "d_ff": hf.count("intermediate_size")}  # fmt: skip
     one = block(_attention(hf), read_rope(hf), mlp, _norm(hf))
-    return assemble(hf, "gemma", [one] * hf.layers, norm=_norm(hf), scale_embedding=True)
+    return assemble(hf, "gemma", [one] * hf.layers, norm=_norm(hf), embedding_scale="sqrt_d_model")
 
 
 def _gemma_hf(config: ModelConfig) -> Data:
@@ -102,7 +102,7 @@ def _capped(hf: Hf, name: str, sliding: list[bool], positions: dict[bool, Data],
         for window in windows(hf, sliding)
     ]
     head = {"softcap": hf.number("final_logit_softcapping", default=None)}
-    return assemble(hf, name, blocks, norm=_norm(hf), scale_embedding=True, head=head)
+    return assemble(hf, name, blocks, norm=_norm(hf), embedding_scale="sqrt_d_model", head=head)
 
 
 def _capped_fields(config: ModelConfig) -> Data:

@@ -1,11 +1,14 @@
-"""Phi-1, 1.5 and 2 (parallel, LayerNorm, biases everywhere), Phi-3 (fused projections), Phi-3.5-MoE (SparseMixer)."""
+"""Phi-1, 1.5 and 2 (parallel, LayerNorm, biases everywhere), Phi-3 (fused projections), Phi-3-small (block-sparse
+attention, GEGELU, muP factors), Phi-3.5-MoE (SparseMixer)."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+from llamax.config.components import Rope
 from llamax.config.model import ModelConfig
+from llamax.config.rotary import RopeLinear, RopeLongrope
 from llamax.hub.dialects.base import (
     ACTS,
     Data,
@@ -24,7 +27,7 @@ from llamax.hub.dialects.base import (
 )
 from llamax.hub.dialects.llama import MIXTRAL_EXPERTS, NORMS, routed
 from llamax.hub.dialects.reader import Hf, read_rope
-from llamax.hub.layouts import MATRIX, Row
+from llamax.hub.layouts import DEALT, DEALT_FLAT, MATRIX, Row
 
 
 # ---------------------------------------------------------------- phi
@@ -101,6 +104,164 @@ PHI3 = Dialect(
 )  # fmt: skip
 
 
+# ---------------------------------------------------------------- phi3small
+def _phi3small(hf: Hf) -> Data:
+    if dummies := hf.sequence("dummy_token_indices"):
+        raise hf.refuse("dummy_token_indices", dummies, "llamax leaves no token out of the logits; remove the field")
+    norm = {"kind": "layernorm", "eps": hf.number("layer_norm_epsilon"), "bias": True}
+    attention = gqa(hf, qkv_bias=True, out_bias=True)
+    if hf.flag("mup_use_scaling"):
+        attention["scale"] = hf.number("mup_attn_multiplier") / attention["head_dim"]
+    pattern = {
+        "size": hf.count("blocksparse_block_size"),
+        "local": hf.count("blocksparse_num_local_blocks"),
+        "stride": hf.count("blocksparse_vert_stride"),
+        "heads": "alike" if hf.flag("blocksparse_homo_head_pattern") else "shifted",
+    }
+    every = hf.count("dense_attention_every_n_layers", default=None)
+    patterns = [None if every and (i + 1) % every == 0 else pattern for i in range(hf.layers)]
+    scaling = _small_scaling(hf)
+    position = {"kind": "rope", "theta": hf.number("rope_embedding_base"), "scaling": scaling}
+    mlp = {
+        "kind": hf.choice("hidden_act", {"gegelu": "quick_geglu"}),
+        "d_ff": _small_width(hf),
+        "bias": True,
+        "limit": hf.number("gegelu_limit", default=None),
+        "linear": "one_plus",
+    }
+    width = hf.number("mup_width_multiplier", default=None)
+    return assemble(
+        hf,
+        "phi3small",
+        [block({**attention, "block_sparse": found}, position, mlp, norm) for found in patterns],
+        norm=norm,
+        embedding_scale=hf.number("mup_embedding_multiplier", default="none"),
+        head={"scale": None if width is None else 1 / width},
+    )
+
+
+def _small_width(hf: Hf) -> int:
+    """The width of the feed-forward block, given, or by a multiple of two thirds of hidden_size."""
+    width, multiple = (hf.count(name, default=None) for name in ("ff_intermediate_size", "ff_dim_multiplier"))
+    if (width is None) == (multiple is None):
+        raise hf.refuse("ff_dim_multiplier", multiple, f"give it or ff_intermediate_size = {width!r}, the other null")
+    if width is not None:
+        return width
+    width = multiple * (hf.count("hidden_size") // 3) * 2
+    return -(-width // 256) * 256 if hf.flag("gegelu_pad_to_256") else width
+
+
+_SMALL_ROPE = {"type", "rope_type", "short_factor", "long_factor", "original_max_position_embeddings"}
+_SMALL_ROPE |= {"short_mscale", "long_mscale"}
+
+
+def _small_scaling(hf: Hf) -> Data | None:
+    """LongRoPE whose factors on cos and sin are given one by one, that of short sequences 1 by default; or positions
+    multiplied by rope_position_scale, which LongRoPE overrides."""
+    inner = Hf(hf.mapping("rope_scaling"), f"{hf.where}: rope_scaling")
+    if not inner.data:
+        scale = hf.number("rope_position_scale")
+        return None if scale == 1.0 else {"kind": "linear", "factor": 1 / scale}
+    if unknown := sorted(set(inner.data) - _SMALL_ROPE):
+        raise inner.refuse(unknown[0], inner.data[unknown[0]], "this family's LongRoPE has no such field; remove it")
+    original = inner.count("original_max_position_embeddings")
+
+    def mscale(name: str, default: float | None) -> float | None:
+        return default if inner.get(name) == -1 else inner.number(name, default=default)  # -1 stands for the default
+
+    return {
+        "kind": inner.choice(
+            "type" if "type" in inner.data else "rope_type", {"longrope": "longrope", "su": "longrope"}
+        ),
+        "short": inner.sequence("short_factor") or [],
+        "long": inner.sequence("long_factor") or [],
+        "original_max_len": original,
+        "factor": max(hf.count("max_position_embeddings") / original, 1.0),
+        "short_mscale": mscale("short_mscale", 1.0),
+        "long_mscale": mscale("long_mscale", None),
+    }
+
+
+def _phi3small_hf(config: ModelConfig) -> Data:
+    last: Any = config.layers[-1]
+    patterns = [getattr(layer.attention, "block_sparse", None) for layer in config.layers]
+    pattern = next((found for found in patterns if found is not None), None)
+    scale = getattr(last.attention, "scale", None)
+    fields = gqa_fields(config) | {
+        "hidden_act": "gegelu",
+        "ff_intermediate_size": getattr(last.mlp, "d_ff", None),
+        "gegelu_limit": getattr(last.mlp, "limit", None),
+        "layer_norm_epsilon": getattr(config.norm, "eps", None),
+        "mup_use_scaling": scale is not None,
+        "mup_attn_multiplier": None if scale is None else scale * last.attention.head_dim,
+        "mup_embedding_multiplier": config.embedding.scale if isinstance(config.embedding.scale, float) else None,
+        "mup_width_multiplier": _inverse(config.head.scale),
+        "dense_attention_every_n_layers": patterns.index(None) + 1 if None in patterns else None,
+        **_small_rope_fields(last.position),
+    }
+    if pattern is not None:
+        fields |= {
+            "blocksparse_block_size": pattern.size,
+            "blocksparse_triton_kernel_block_size": pattern.size,
+            "blocksparse_num_local_blocks": pattern.local,
+            "blocksparse_vert_stride": pattern.stride,
+            "blocksparse_homo_head_pattern": pattern.heads == "alike",
+        }
+    return {name: value for name, value in fields.items() if name != "head_dim"}
+
+
+def _small_rope_fields(rope: Any) -> Data:
+    scaling = rope.scaling if isinstance(rope, Rope) else None
+    fields: Data = {"rope_embedding_base": getattr(rope, "theta", None)}
+    if isinstance(scaling, RopeLinear):
+        fields["rope_position_scale"] = _inverse(scaling.factor)
+    if isinstance(scaling, RopeLongrope):
+        mscales = {"short_mscale": scaling.short_mscale, "long_mscale": scaling.long_mscale}
+        fields["rope_scaling"] = {
+            "type": "longrope",
+            "short_factor": list(scaling.short),
+            "long_factor": list(scaling.long),
+            "original_max_position_embeddings": scaling.original_max_len,
+            **{name: value for name, value in mscales.items() if value is not None},
+        }
+    return fields
+
+
+def _inverse(factor: float | None) -> float | None:
+    """1 / factor, the whole number where it is one but for rounding."""
+    if factor is None:
+        return None
+    whole = round(1 / factor)
+    return float(whole) if whole and 1 / whole == factor else 1 / factor
+
+
+_SMALL_ROWS = layer_rows(
+    Row("self_attn.query_key_value.weight", ("attention.query", "attention.key", "attention.value"), DEALT),
+    Row(
+        "self_attn.query_key_value.bias",
+        ("attention.query_bias", "attention.key_bias", "attention.value_bias"),
+        DEALT_FLAT,
+    ),
+    ("self_attn.dense.weight", "attention.out"),
+    ("self_attn.dense.bias", "attention.out_bias"),
+    Row("mlp.up_proj.weight", ("mlp.gate", "mlp.up"), DEALT),
+    Row("mlp.up_proj.bias", ("mlp.gate_bias", "mlp.up_bias"), DEALT_FLAT),
+    ("mlp.down_proj.weight", "mlp.down"),
+    ("mlp.down_proj.bias", "mlp.down_bias"),
+)
+PHI3SMALL = Dialect(
+    "phi3small", "Phi3SmallForCausalLM", _phi3small, _phi3small_hf,
+    top_rows("model.final_layernorm") + NORMS + _SMALL_ROWS,
+    {"vocab_size": 100352, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+     "num_key_value_heads": 8, "max_position_embeddings": 8192, "tie_word_embeddings": True, "hidden_act": "gegelu",
+     "gegelu_limit": 20.0, "gegelu_pad_to_256": True, "ff_intermediate_size": 14336, "layer_norm_epsilon": 1e-5,
+     "blocksparse_block_size": 64, "blocksparse_num_local_blocks": 16, "blocksparse_vert_stride": 8,
+     "blocksparse_homo_head_pattern": False, "dense_attention_every_n_layers": 2, "rope_embedding_base": 1e6,
+     "rope_position_scale": 1.0, "mup_use_scaling": True, "mup_attn_multiplier": 1.0,
+     "mup_embedding_multiplier": 10.0, "mup_width_multiplier": 8.0},
+)  # fmt: skip
+
+
 # ---------------------------------------------------------------- phimoe
 def _phimoe(hf: Hf) -> Data:
     norm = {"kind": "layernorm", "eps": hf.number("rms_norm_eps"), "bias": True}
@@ -144,4 +305,4 @@ PHIMOE = Dialect(
      "attention_bias": False, "lm_head_bias": False},
 )  # fmt: skip
 
-DIALECTS = (PHI, PHI3, PHIMOE)
+DIALECTS = (PHI, PHI3, PHI3SMALL, PHIMOE)
