@@ -79,7 +79,8 @@ def random_family_model(seed: int) -> ModelConfig:
         )
 
     def dense(kind: str = "swiglu") -> dict[str, Any]:
-        return {"kind": kind, "d_ff": rng.choice([24, 40])}
+        more = {"limit": 0.5, "linear": "one_plus"} if kind.endswith("glu") and flag() else {}
+        return {"kind": kind, "d_ff": rng.choice([24, 40]), **more}
 
     def moe() -> dict[str, Any]:
         router: dict[str, Any] = {"score": "sigmoid", "bias": flag(), "weigh": rng.choice(["input", "output"])}
@@ -96,7 +97,8 @@ def random_family_model(seed: int) -> ModelConfig:
         return {**a, "value_dim": rng.choice([7, 9])}
 
     def grouped() -> dict[str, Any]:
-        a = {"heads": 4, "kv_heads": rng.choice([1, 2]), "head_dim": 4, rng.choice(["window", "chunk"]): 3}
+        mask = rng.choice([{"window": 3}, {"chunk": 3}, {"block_sparse": {"size": 2, "local": 1, "stride": 3}}])
+        a: dict[str, Any] = {"heads": 4, "kv_heads": rng.choice([1, 2]), "head_dim": 4, **mask}
         if flag():
             a |= {"qk_norm": norm(), "qk_norm_weights": rng.choice(["shared", "per_head"])}
         return a

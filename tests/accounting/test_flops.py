@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from llamax.accounting import (
     training_flops_per_token,
 )
 from llamax.accounting.keys import Reach, keys_at, most_keys, visible_keys
-from llamax.config.components import LatentAttention, MoeMlp
+from llamax.config.components import BlockSparse, DenseMlp, LatentAttention, MoeMlp
 from llamax.config.load import load_model, validate
 from llamax.config.model import Block, ModelConfig
 
@@ -61,11 +62,25 @@ def matrices(block: Block, d: int) -> list[tuple[int, int]]:
     return found
 
 
-def brute_keys(block: Block, query: int, seq_len: int, causal: bool) -> tuple[int, int]:
+def brute_blocks(pattern: BlockSparse, heads: int, query: int) -> float:
+    """Keys a query sees, the mean over heads, counted one key and one head at a time."""
+    step = max(1, int(pattern.stride / heads)) if pattern.heads == "shifted" else 0
+    seen = 0
+    for head in range(heads):
+        for key in range(query + 1):
+            near = query // pattern.size - key // pattern.size < pattern.local
+            seen += near or (key // pattern.size + 1 + head * step) % pattern.stride == 0
+    return seen / heads
+
+
+def brute_keys(block: Block, query: int, seq_len: int, causal: bool) -> tuple[float, int]:
     """(keys this query attends to, keys an indexer scores for it), counted one key at a time where it is causal."""
     a = block.attention
     top_k = a.indexer.top_k if isinstance(a, LatentAttention) and a.indexer else seq_len
     window, chunk = (None, None) if isinstance(a, LatentAttention) else (a.window, a.chunk)
+    if not isinstance(a, LatentAttention) and a.block_sparse is not None:
+        most = max(brute_blocks(a.block_sparse, a.heads, t) for t in range(seq_len))
+        return brute_blocks(a.block_sparse, a.heads, query) if causal else most, seq_len
     if not causal:
         return min(seq_len, window or seq_len, chunk or seq_len, top_k), seq_len
     seen = 0
@@ -96,6 +111,8 @@ def test_the_random_models_have_every_component() -> None:
     latent = [b.attention for b in layers if isinstance(b.attention, LatentAttention)]
     assert {a.q_rank is None for a in latent} == {a.indexer is None for a in latent} == {True, False}
     assert any(getattr(b.attention, "chunk", None) for b in layers)
+    assert any(getattr(b.attention, "block_sparse", None) for b in layers)
+    assert any(isinstance(b.mlp, DenseMlp) and b.mlp.limit for b in layers)
     assert any(b.branch for b in layers)
     assert any(isinstance(b.mlp, MoeMlp) and b.mlp.shared_gate for b in layers)
     assert any(model.mtp for model in MODELS)
@@ -181,6 +198,25 @@ def test_visible_keys_of_a_chunk() -> None:
     assert visible_keys(8, Reach(None, 4)) == 2.5
     assert visible_keys(8, Reach(None, 3)) == (1 + 2 + 3 + 1 + 2 + 3 + 1 + 2) / 8
     assert visible_keys(4, Reach(2, 3)) == (1 + 2 + 2 + 1) / 4
+
+
+def test_visible_keys_of_blocks() -> None:
+    """Every position of sequences that end inside and at the end of a block, patterns wider and narrower than them."""
+    for size, local, stride, heads, alike in itertools.product((1, 3, 4), (1, 2), (1, 3, 7), (1, 3, 8), (True, False)):
+        pattern = BlockSparse(size=size, local=local, stride=stride, heads="alike" if alike else "shifted")
+        reach = Reach(blocks=pattern, heads=heads)
+        seen = [brute_blocks(pattern, heads, t) for t in range(26)]
+        for t, expected in enumerate(seen):
+            assert keys_at(t, reach) == pytest.approx(expected)
+        for length in (1, 12, 26):
+            assert most_keys(length, reach) == pytest.approx(max(seen[:length]))
+            assert visible_keys(length, reach) == pytest.approx(sum(seen[:length]) / length)
+
+
+def test_phi_3_small_sees_an_eighth_of_the_far_keys() -> None:
+    """At its context: 16 blocks of 64 near, one in eight of the 112 far ones, the last block whole."""
+    pattern = load_model("phi3/small-8k").layers[0].attention.block_sparse  # type: ignore[union-attr]
+    assert most_keys(8192, Reach(blocks=pattern, heads=32)) == 64 * (16 + 112 / 8)
 
 
 def test_conventions_order_on_a_real_model() -> None:

@@ -1,4 +1,7 @@
-"""Every family against transformers (Phi-3-small against phi3small.py): logits, both spellings of config.json, and a round trip byte for byte."""
+"""Every family against transformers: logits, both spellings of config.json, and a round trip byte for byte.
+
+Phi-3-small, which transformers has not, against the loops of phi3small.py.
+"""
 
 from __future__ import annotations
 

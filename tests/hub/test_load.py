@@ -47,6 +47,7 @@ MESHES = {
     "deepseek_v3": MeshConfig(data=1, fsdp=2, tensor=2, expert=2),
     "gemma2": MeshConfig(data=4, fsdp=2),
     "phi3": MeshConfig(data=2, fsdp=4),
+    "phi3small": MeshConfig(data=1, fsdp=2, tensor=2, expert=2),
 }
 
 

@@ -31,11 +31,16 @@ def attention(
     softcap: float | None = None,
     window: int | None = None,
     chunk: int | None = None,
+    blocks: tuple[int, int, int, int] | None = None,
     slopes: tuple[float, ...] | None = None,
     segments: np.ndarray | None = None,
     selected: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Causal attention, one query at a time over the list of keys it may see."""
+    """Causal attention, one query at a time over the list of keys it may see.
+
+    `blocks` are (size, local, stride, step): head h sees of the older blocks those whose number, from 1, is a multiple
+    of the stride less h steps.
+    """
     batch, seq, heads, _ = q.shape
     share = heads // k.shape[2]
     out = np.zeros((*q.shape[:3], v.shape[-1]), np.float64)
@@ -48,7 +53,13 @@ def attention(
                 keys = [s for s in keys if selected[b, t, s]]
             if segments is not None:
                 keys = [s for s in keys if segments[b, s] == segments[b, t]]
+            visible = keys
             for h in range(heads):
+                if blocks is not None:
+                    size, local, stride, step = blocks
+                    keys = [
+                        s for s in visible if t // size - s // size < local or (s // size + 1 + h * step) % stride == 0
+                    ]
                 scores = k[b, keys, h // share] @ q[b, t, h] * scale
                 if softcap is not None:
                     scores = softcap * np.tanh(scores / softcap)

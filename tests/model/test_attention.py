@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llamax.config.components import Alibi, GroupedQueryAttention, Init, Rope
-from llamax.model.attention import Logits, SelfAttention, Sight, attend
+from llamax.config.components import Alibi, BlockSparse, GroupedQueryAttention, Init, Rope
+from llamax.model.attention import Logits, SelfAttention, Sight, attend, in_blocks
 from llamax.model.execution import Execution
 from llamax.model.position import alibi_slopes, rotary_table
+from tests.hub.phi3small import block_mask
 
 from . import reference
 from .modules import randomized
@@ -23,6 +24,9 @@ CASES = {
     "window": (4, 2, {"window": 3}),
     "window_of_one": (2, 2, {"window": 1}),
     "chunk": (4, 2, {"chunk": 4}),
+    "blocks": (4, 2, {"blocks": (2, 1, 2, 1)}),
+    "blocks_of_one": (6, 2, {"blocks": (1, 2, 3, 1), "softcap": 0.7, "slopes": tuple(alibi_slopes(6).tolist())}),
+    "blocks_alike": (4, 4, {"blocks": (1, 1, 2, 0), "segments": np.array([[0, 0, 0, 1, 1, 2], [3, 3, 4, 4, 4, 4]])}),
     "softcap": (4, 2, {"softcap": 0.7}),
     "alibi": (4, 2, {"slopes": tuple(alibi_slopes(4).tolist())}),
     "segments": (4, 2, {"segments": np.array([[0, 0, 0, 1, 1, 2], [3, 3, 4, 4, 4, 4]])}),
@@ -47,7 +51,12 @@ def inputs(heads: int, kv_heads: int, seq: int = 6, dim: int = 4) -> list[np.nda
 
 
 def ours(case: dict, compute: str):  # type: ignore[no-untyped-def, type-arg]
-    options = {name: value for name, value in case.items() if name != "segments"}
+    options = {name: value for name, value in case.items() if name not in ("segments", "blocks")}
+    if "blocks" in case:
+        size, local, stride, step = case["blocks"]
+        options["block_sparse"] = BlockSparse(
+            size=size, local=local, stride=stride, heads="shifted" if step else "alike"
+        )
     logits = Logits(**{"scale": 0.5, **options})
     sight = Sight(segments=None if "segments" not in case else jnp.asarray(case["segments"]))
     return lambda q, k, v: attend(q, k, v, sight, logits, compute)
@@ -97,6 +106,21 @@ def test_window_counts_the_query_itself() -> None:
     out = attend(q, k, jnp.eye(seq)[None, :, None], Sight(), Logits(1.0, window=3), "float32")[0, :, 0]
     seen = np.tril(np.ones((seq, seq))) - np.tril(np.ones((seq, seq)), -3)
     np.testing.assert_allclose(out, seen / seen.sum(1, keepdims=True), atol=1e-6)
+
+
+@pytest.mark.parametrize("seq", [21, 24])
+@pytest.mark.parametrize(
+    ("heads", "size", "local", "stride", "alike"),
+    [(6, 4, 2, 3, False), (3, 3, 1, 7, False), (2, 2, 3, 9, False), (4, 5, 2, 2, True), (4, 30, 1, 1, False)],
+)
+def test_blocks_are_those_of_the_authors_layout(
+    seq: int, heads: int, size: int, local: int, stride: int, alike: bool
+) -> None:
+    """Against the dense mask of Phi-3-small's code, built block by block; fewer heads than the stride take steps."""
+    pattern = BlockSparse(size=size, local=local, stride=stride, heads="alike" if alike else "shifted")
+    places = jnp.arange(seq)[None]
+    found = np.tril(in_blocks(pattern, heads, places, places)[0])
+    np.testing.assert_array_equal(found, block_mask(heads, seq, size, local, stride, alike))
 
 
 def test_future_keys_have_no_gradient() -> None:

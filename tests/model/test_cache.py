@@ -28,6 +28,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "full": {"attention": {**GQA, "softcap": 2.0}},
     "window": {"attention": {**GQA, "window": 4}},
     "chunk": {"attention": {**GQA, "chunk": 5}},
+    "blocks": {
+        "attention": {**GQA, "block_sparse": {"size": 2, "local": 2, "stride": 3}},
+        "segments": [{"repeat": 2, "unit": [{}, {"attention": {"block_sparse": None}}]}],
+    },
     "local_global": {
         "segments": [
             {"repeat": 2, "unit": [{"attention": {"window": 3}}, {"position": {"kind": "nope"}, "attention": LLAMA4}]},

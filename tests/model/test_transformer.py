@@ -204,11 +204,11 @@ def test_head(head: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("position", ["learned", "sinusoidal", "nope", "alibi"])
-@pytest.mark.parametrize("scale", ["none", "sqrt_d_model"])
+@pytest.mark.parametrize("scale", ["none", "sqrt_d_model", 2.5])
 def test_input_of_the_first_block(position: str, scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """token embedding, scaled where asked for, plus the position vector of the kinds that have one."""
     model, tokens = small_model(position={"kind": position}, embedding={"scale": scale}), tokens_of(2, 5)
-    expected = np.asarray(model.embedding[...])[tokens] * (4.0 if scale == "sqrt_d_model" else 1.0)
+    expected = np.asarray(model.embedding[...])[tokens] * {"sqrt_d_model": 4.0, "none": 1.0}.get(scale, scale)
     if position == "learned":
         expected = expected + np.asarray(model.position[...])[:5]
     if position == "sinusoidal":

@@ -212,9 +212,8 @@ def _phi3small_hf(config: ModelConfig) -> Data:
 
 def _small_rope_fields(rope: Any) -> Data:
     scaling = rope.scaling if isinstance(rope, Rope) else None
-    fields: Data = {"rope_embedding_base": getattr(rope, "theta", None)}
-    if isinstance(scaling, RopeLinear):
-        fields["rope_position_scale"] = _inverse(scaling.factor)
+    factor = scaling.factor if isinstance(scaling, RopeLinear) else 1.0
+    fields: Data = {"rope_embedding_base": getattr(rope, "theta", None), "rope_position_scale": _inverse(factor)}
     if isinstance(scaling, RopeLongrope):
         mscales = {"short_mscale": scaling.short_mscale, "long_mscale": scaling.long_mscale}
         fields["rope_scaling"] = {
