@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from llamax.config.components import DenseMlp
 from llamax.config.load import diff, dump_yaml, load_model, load_run, model_names, run_from_data
 from llamax.config.run import RunConfig
 from llamax.errors import UserError
@@ -43,7 +44,7 @@ def test_changing_a_kind_drops_the_old_kinds_fields() -> None:
     config = load_run("tiny", ["optimizer.kind=lion", "model.position.kind=alibi", "model.mlp.kind=gelu"])
     assert config.optimizer.as_dict()["b2"] == 0.99
     assert config.model.position.as_dict() == {"kind": "alibi"}
-    assert config.model.mlp.as_dict() == {"kind": "gelu", "d_ff": 176, "bias": False}
+    assert config.model.mlp.as_dict() == DenseMlp(kind="gelu", d_ff=176).as_dict()
 
 
 def test_a_model_by_name_and_its_fields() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from llamax.config.components import DenseMlp, Init, MoeMlp, Router
 from llamax.model.execution import Execution
+from llamax.model.mlp import FeedForward
 from llamax.model.moe import MixtureOfExperts
 from llamax.model.router import route, router_statistics
 
@@ -31,6 +32,18 @@ def mixture(top_k: int, kind: str = "swiglu", shared: bool = False, scale: float
 
 def inputs() -> np.ndarray:
     return np.random.default_rng(1).standard_normal((2, 3, WIDTH)).astype(np.float32)
+
+
+def test_experts_clamp_and_shift_as_a_dense_block_does() -> None:
+    """One expert, always chosen with weight 1, is the dense block of its numbers."""
+    dense = DenseMlp(kind="quick_geglu", d_ff=HIDDEN, limit=0.3, linear="one_plus")
+    config = MoeMlp(kind="moe", experts=1, top_k=1, expert=dense)
+    layer = randomized(lambda key: MixtureOfExperts(config, WIDTH, Init(), jnp.float32(1), key=key))
+    block = randomized(lambda key: FeedForward(dense, WIDTH, Init(), jnp.float32(1), key=key))
+    for name in ("up", "gate", "down"):
+        getattr(block, name)[...] = getattr(layer, name)[0]
+    expected = block(jnp.asarray(inputs()), Execution())
+    np.testing.assert_allclose(layer(jnp.asarray(inputs()), Execution())[0], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(("top_k", "kind"), [(2, "swiglu"), (1, "swiglu"), (EXPERTS, "swiglu"), (2, "silu")])

@@ -163,6 +163,19 @@ def test_rows_at_different_positions(layout: Any) -> None:
     np.testing.assert_allclose(found[1], rotate(x[1:], table[:, 5:8], layout)[0], atol=1e-6)
 
 
+def test_longrope_factors_given_one_by_one() -> None:
+    """Each replaces the square root on its own side of the original length (Phi-3-small's code)."""
+    fields = {"short": (1.0, 1.1), "long": (1.5, 4.0), "original_max_len": 16, "factor": 4.0}
+    root = math.sqrt(1 + math.log(4.0) / math.log(16))
+    for given, expected in [
+        ({}, (root, root)),
+        ({"short_mscale": 1.0}, (1.0, root)),
+        ({"short_mscale": 1.3, "long_mscale": 0.7}, (1.3, 0.7)),
+    ]:
+        rope = Rope(scaling=RopeLongrope(**fields, **given))
+        assert tuple(inverse_frequencies(rope, 4, length)[1] for length in (16, 17)) == expected
+
+
 def test_longrope_changes_with_the_whole_length() -> None:
     """Each frequency by its own factor: `short` up to original_max_len tokens, `long` for all positions beyond."""
     scaling = RopeLongrope(short=(1.0, 2.0), long=(4.0, 8.0), original_max_len=16, factor=4.0)
