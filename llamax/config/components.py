@@ -105,7 +105,7 @@ class BlockSparse(Frozen):
     of the older ones every `stride`-th.
 
     Head h sees the older block j where j + 1 + h x step is a multiple of `stride`. `heads`: with `shifted` the step is
-    max(1, stride // heads), so that the heads together see them all; with `alike` it is 0.
+    max(1, stride // heads), which spreads the heads over the blocks; with `alike` it is 0.
     """
 
     size: PositiveInt
