@@ -89,8 +89,10 @@ class ScalingFit:
         """
         weights = self.weights()
         name = max(weights, key=weights.__getitem__)  # the first of equals
-        errors = " and ".join(f"{part.fit.law.label} {100 * part.fit.mean_error:.2g} %" for part in self.laws.values())
-        why = f"over all {len(self.runs)} runs {errors} off on average (Akaike weight {weights[name]:.2g})"
+        errors = " and ".join(
+            f"{100 * part.fit.mean_error:.2g} % for {part.fit.law.label}" for part in self.laws.values()
+        )
+        why = f"the mean error over all {len(self.runs)} runs is {errors} (Akaike weight {weights[name]:.2g})"
         return name, self.laws[name], why if len(weights) > 1 else "the coupled law was not fitted"
 
     def as_dict(self) -> dict[str, Any]:

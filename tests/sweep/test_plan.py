@@ -193,7 +193,7 @@ def test_tables_fit_a_hundred_columns() -> None:
         assert sum(cell.name in line.split() for line in text.splitlines()) == 2, "whole in both tables"
         assert f"{cell.steps:,}" in text
     assert "…" not in text
-    for word in ("D/N", "lr = 0.35 x N^-0.3333", "D = C / (6 N)", "chinchilla", "palm", "causal"):
+    for word in ("D/N", "lr = 0.53 x N^-0.3333", "D = C / (6 N)", "chinchilla", "palm", "causal"):
         assert word in text
 
 
