@@ -108,7 +108,8 @@ def start_parent(study: Path, workers: int = 2) -> subprocess.Popen:
         f"try: run_local(Path({str(study)!r}), workers={workers}, train={FAKE!r})\n"
         "except KeyboardInterrupt: sys.exit(130)"
     )
-    return subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"FAKE_STEP_SECONDS": "0.8"}  # a busy machine may start one worker seconds after the other)
+    seconds = {"FAKE_STEP_SECONDS": "0.8"}  # a busy machine may start one worker seconds after the other
+    return subprocess.Popen([sys.executable, "-c", code], env=os.environ | seconds)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
