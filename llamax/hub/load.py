@@ -208,9 +208,8 @@ def _parts(
         fuse, first = piece.layout.fuse, piece.offset if piece.layout.fuse == 0 else 0
         width = piece.layout.hub_shape(piece.shape, piece.inputs)[fuse]
         row = int(np.prod(piece.hub_shape[1:], dtype=np.int64)) * checkpoint.dtype(piece.hub).itemsize
-        row *= (
-            piece.hub_shape[0] // (piece.shape[axis] * step) if piece.rounds > 1 else 1
-        )  # the others' rows come along
+        if piece.rounds > 1:  # the rows of those it takes turns with come along
+            row *= piece.hub_shape[0] // (piece.shape[axis] * step)
         chunk = max(1, limit // max(1, row * step))
         (low, high), at = inner[axis], tuple(i - box[k][0] for k, i in enumerate(piece.at))
         for a in range(low, high, chunk):
