@@ -104,12 +104,12 @@ def test_workers_that_cannot_start_say_why(make_study: Make) -> None:
 
 def start_parent(study: Path, workers: int = 2) -> subprocess.Popen:
     code = (
-        "import sys; from pathlib import Path; from llamax.sweep.local import run_local\n"
+        "import signal, sys; from pathlib import Path; from llamax.sweep.local import run_local\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job would ignore it
         f"try: run_local(Path({str(study)!r}), workers={workers}, train={FAKE!r})\n"
         "except KeyboardInterrupt: sys.exit(130)"
     )
-    seconds = {"FAKE_STEP_SECONDS": "0.8"}  # a busy machine may start one worker seconds after the other
-    return subprocess.Popen([sys.executable, "-c", code], env=os.environ | seconds)
+    return subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"FAKE_STEP_SECONDS": "0.2"})
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
