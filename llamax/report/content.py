@@ -316,8 +316,8 @@ def _method(study: Study) -> Section:
         "Approach 3: one parametric law through all runs, Huber loss on log residuals, many starts (arXiv:"
         "2203.15556, section 3.3; arXiv:2404.10102).",
         "The coupled law, L = E + (A / N^α + B / D^β)^γ, fitted in the same way: there the slope in D depends on N "
-        "(arXiv:2502.08606); γ = 1 is approach 3. Of the two, the law that missed the largest budget by less, "
-        "fitted without it, makes the prediction.",
+        "(arXiv:2502.08606); γ = 1 is approach 3. Of the two, the law of the smaller Akaike criterion over all "
+        "runs makes the prediction.",
         f"Intervals are {level} percentile intervals of a bootstrap over runs"
         + (f" (resamples, {'; '.join(draws)})." if draws else "."),
     ]

@@ -180,15 +180,17 @@ def refit(
     weights: Float[np.ndarray, "draws runs"],
     *,
     extra_starts: int = 3,
+    shift: float = 0.0,
 ) -> tuple[Law, Float[np.ndarray, "draws"]]:
     """Fit every row of run `weights` (bootstrap counts) at once, warm from `fit` and from a few other good starts.
 
+    `shift` moves the centre of the coupled law's prior by that many of its widths.
     Returns the law with array fields `[draws]` and the objectives `[draws]`.
     """
     coupled = isinstance(fit.law, CoupledLaw)
     problem = Problem.of(n, d, loss, fit.delta, coupled=coupled)
     if coupled:
-        problem = replace(problem, scatter=float(np.abs(fit.residuals).mean()))
+        problem = replace(problem, scatter=fit.mean_error, shift=shift)
     per_gamma = (1, 0) if coupled else (extra_starts, extra_starts // 2)
     others = problem.starts(*per_gamma)[:extra_starts]
     starts = np.concatenate([problem.inside(fit.theta)[None], others])

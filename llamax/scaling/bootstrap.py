@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,11 @@ import pandas as pd
 
 from llamax.scaling.approach2 import PowerLaw, budget_name, by_budget, fit_power_law, fit_valleys
 from llamax.scaling.approach3 import ParametricFit, refit
-from llamax.scaling.laws import ChinchillaLaw, Law, Scalar
+from llamax.scaling.laws import ChinchillaLaw, CoupledLaw, Law, Scalar
 from llamax.scaling.solver import COUPLED_EXPONENT_RANGE, EXPONENT_RANGE, GAMMA_RANGE
 
 Interval = tuple[float, float]
+PRIOR_SHIFTS = tuple(NormalDist().inv_cdf((i + 0.5) / 7) for i in range(7))  # in widths of the prior
 
 
 @dataclass(frozen=True)
@@ -164,12 +166,23 @@ def bootstrap_approach2(frame: pd.DataFrame, draws: int, rng: np.random.Generato
 def bootstrap_parametric(
     fit: ParametricFit, frame: pd.DataFrame, draws: int, rng: np.random.Generator, *, extra_starts: int = 3
 ) -> ParametricDraws:
-    """Refit the law of `fit` on `draws` resamples at once, each warm from it and from `extra_starts` other starts."""
+    """Refit the law of `fit` on `draws` resamples at once, each warm from it and from `extra_starts` other starts.
+
+    Resampling runs alone would leave the doubt of the coupled law's prior out, and intervals would be too narrow the
+    more it counts. So the prior's centre varies too, by normal quantiles over blocks of resamples; for a linear law
+    both together draw from the posterior (randomized maximum a posteriori, Bardsley et al. 2014).
+    """
     counts = resample_counts(frame, draws, rng)
     enough = (counts > 0).sum(1) > fit.n_parameters
     n, d, loss = (frame[c].to_numpy(float) for c in ("n", "d", "loss"))
-    blocks = np.array_split(counts[enough], max(1, int(enough.sum()) * len(loss) // 40_000))  # bounds peak memory
-    parts = [refit(fit, n, d, loss, block, extra_starts=extra_starts)[0] for block in blocks]
+    shifts = PRIOR_SHIFTS if isinstance(fit.law, CoupledLaw) else (0.0,)
+    memory = int(enough.sum()) * len(loss) // 40_000  # blocks that bound its peak
+    blocks = np.array_split(counts[enough], len(shifts) * (1 + memory // len(shifts)))
+    parts = [
+        refit(fit, n, d, loss, block, extra_starts=extra_starts, shift=shifts[i % len(shifts)])[0]
+        for i, block in enumerate(blocks)
+        if len(block) or i == 0
+    ]
     law = type(fit.law)(*(np.concatenate([np.atleast_1d(getattr(p, k)) for p in parts]) for k in vars(fit.law)))
     return ParametricDraws(law, int(draws - enough.sum()), int(_at_bound(law).sum()))
 
@@ -190,13 +203,14 @@ def loss_draws(
     """At `n` parameters and `d` tokens: draws of the law's loss `[draws]`, and of one new run's `[20 * draws]`.
 
     The first hold the uncertainty of the parameters only. The second add the scatter of single runs around the law: a
-    residual resampled for every draw, scaled by sqrt(runs / (runs - parameters)) because the fit made them small, and
-    by `inflate`.
+    residual resampled for every draw. Both spreads are scaled by sqrt(runs / (runs - parameters)), because the fit made
+    the residuals, which are all that resampling sees of the noise, too small; the scatter by `inflate` too.
     """
-    mean = np.asarray(draws.law.loss(n, d))
-    scale = inflate * np.sqrt(fit.n_points / max(fit.n_points - fit.n_parameters, 1))
+    freedom = np.sqrt(fit.n_points / max(fit.n_points - fit.n_parameters, 1))
+    centre = fit.law.loss(n, d)
+    mean = centre * (np.asarray(draws.law.loss(n, d)) / centre) ** freedom
     # Several residuals per draw make the ends smooth; the number of draws alone decides the cost.
-    scatter = scale * rng.choice(fit.residuals, size=(20, len(mean)))
+    scatter = inflate * freedom * rng.choice(fit.residuals, size=(20, len(mean)))
     return mean, (mean * np.exp(scatter)).ravel()
 
 

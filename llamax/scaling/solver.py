@@ -43,6 +43,7 @@ class Problem:
     lower: np.ndarray
     upper: np.ndarray
     scatter: float = 0.0  # mean absolute log residual of single runs: the unit in which the prior is weighed
+    shift: float = 0.0  # of the prior's centre, in its widths
 
     @classmethod
     def of(cls, n: np.ndarray, d: np.ndarray, loss: np.ndarray, delta: float, *, coupled: bool = False) -> "Problem":
@@ -157,7 +158,7 @@ class Problem:
         if theta.shape[1] < 6 or not self.scatter:
             return np.zeros(len(theta)), np.zeros(len(theta)), 0.0
         curvature = self.delta * self.scatter / PRIOR_WIDTH**2
-        off = theta[:, 5] - np.log(PRIOR_GAMMA)
+        off = theta[:, 5] - np.log(PRIOR_GAMMA) - (self.shift * PRIOR_WIDTH if self.shift else 0.0)
         return 0.5 * curvature * off**2, curvature * off, curvature
 
     def _step(self, theta: np.ndarray, weights: np.ndarray, damping: np.ndarray) -> np.ndarray:
