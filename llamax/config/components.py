@@ -166,7 +166,11 @@ class GroupedQueryAttention(Frozen):
                 f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}; choose a divisor of heads"
             )
         masks = {name: getattr(self, name) for name in ("window", "chunk", "block_sparse")}
-        given = [f"{name}={value}" for name, value in masks.items() if value is not None]
+        given = [
+            f"{name}={value.as_dict() if isinstance(value, Frozen) else value}"
+            for name, value in masks.items()
+            if value is not None
+        ]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)}: give one of them")
         return self

@@ -178,7 +178,7 @@ def _shard(
             whole[tuple(slice(a, a + n) for a, n in zip(start, part.shape, strict=True))] = part
         return [jax.device_put(whole, device) for device in devices]
     arrays = [jnp.zeros(shape, kind, device=device) for device in devices]
-    # The runtime frees chunks late: up to 8 are alive at once, on a busy machine more.
+    # Small chunks: the runtime frees them late, about seven at once by resident memory.
     for start, part in _parts(pieces, checkpoint, box, min(CHUNK, largest // 16)):
         whole = np.ascontiguousarray(part.astype(kind, copy=False))
         at = np.asarray(start, np.int32)

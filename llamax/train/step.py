@@ -36,7 +36,7 @@ LAYER_LOSSES = {
 AVERAGE_DECAY = 0.98  # of the running loss that divergence is measured against: about the last 50 steps
 
 
-UNROLLED = 8  # layers: straight code halves a CPU's step (benchmarks/README.md), but compiles each layer anew
+UNROLLED = 8  # layers: straight code is faster on a CPU (benchmarks/README.md), but compiles each layer anew
 
 
 def execution_of(config: RunConfig, rules: Rules, mesh: Mesh) -> Execution:

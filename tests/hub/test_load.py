@@ -22,6 +22,7 @@ from llamax.config.model import ModelConfig
 from llamax.config.run import MeshConfig
 from llamax.hub import load as hub_load
 from llamax.hub.convert import export_run, import_run
+from llamax.hub.dialects import read_config
 from llamax.hub.export import export_hf
 from llamax.hub.load import load_hf
 from llamax.hub.safetensors import Pending, write_file
@@ -155,6 +156,17 @@ def test_the_text_model_of_llama_3_2_vision(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.asarray(model(tokens)), np.asarray(direct(tokens)))
     export_hf(model, run, tmp_path / "out")
     assert {n: a.tobytes() for n, a in tensors(tmp_path / "out").items()} == {n: a.tobytes() for n, a in found.items()}
+
+
+def test_the_defaults_of_llama_3_2_vision_are_its_own() -> None:
+    config = read_config({"model_type": "mllama", "text_config": {}}, "test")[0]
+    assert (config.layers[0].position.theta, config.norm.eps, config.max_seq_len) == (500000.0, 1e-5, 131072)
+    assert (len(config.layers), config.vocab_size, config.d_model, config.layers[0].mlp.d_ff) == (
+        32,
+        128256,
+        4096,
+        14336,
+    )
 
 
 def test_tokenizer_files_go_through_a_run_directory(tmp_path: Path) -> None:

@@ -36,12 +36,14 @@ class Wrapper:
     """A model of several parts whose text part is a dialect: where in its config and its tensors that part is.
 
     adapters: the field of the text config that lists the layers which read another part, and which text alone passes
-    by: without them it is the dialect's model. spare_rows: the embedding has rows after the vocabulary's.
+    by: without them it is the dialect's model. spare_rows: the embedding has rows after the vocabulary's. defaults: of
+    fields that text_config leaves out, where they are not the dialect's.
     """
 
     text: str
     adapters: str | None = None
     spare_rows: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def text_config(self, data: dict[str, Any], where: str) -> tuple[dict[str, Any], TextPart]:
         """The config.json data of the text model alone, and where its tensors are.
@@ -54,7 +56,7 @@ class Wrapper:
             raise UserError(f"{where}: text_config is {str(inner)[:40]!r}; a {data['model_type']} model needs its text "
                             "part there")  # fmt: skip
         outer = {name: data[name] for name in ("tie_word_embeddings",) if name in data}
-        text = {**outer, **inner}
+        text = {**self.defaults, **outer, **inner}
         if self.adapters is None:
             return text, TextPart()
         out, count = text.pop(self.adapters, []), text.get("num_hidden_layers")
@@ -95,10 +97,15 @@ class TextPart:
         return f"{layer[1]}{number - sum(i < number for i in self.left_out)}{layer[3]}"
 
 
+_MLLAMA = {  # transformers' MllamaTextConfig
+    "vocab_size": 128256, "num_hidden_layers": 40, "intermediate_size": 14336, "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 131072,
+    "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38],
+}  # fmt: skip
 WRAPPERS = {
     "gemma3": Wrapper("gemma3_text"),
     "llama4": Wrapper("llama4_text"),
-    "mllama": Wrapper("llama", adapters="cross_attention_layers", spare_rows=True),
+    "mllama": Wrapper("llama", adapters="cross_attention_layers", spare_rows=True, defaults=_MLLAMA),
 }
 
 
