@@ -44,7 +44,11 @@ def test_nearest_size_is_nearest() -> None:
 def start(directory: Path, cache: Path) -> subprocess.Popen[str]:
     """A fast quickstart as a person starts it, outside the eight simulated devices of these tests."""
     environment = {**os.environ, "LLAMAX_CACHE": str(cache), "XLA_FLAGS": ""}
-    command = [sys.executable, "-m", "llamax.cli", "quickstart", "--fast", "--dir", str(directory), "--json"]
+    # A shell's background job ignores SIGINT, and so would what these tests start from one.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from llamax.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, "quickstart", "--fast", "--dir", str(directory), "--json"]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -27,7 +27,7 @@ _CONVERT = (
 class Checkpoint:
     """The tensors of a folder by name, as `rename` gives it (None: leave the tensor out). Nothing is read yet.
 
-    Of a tensor in `rows` only that many rows count.
+    `spare` rows at the end of a tensor, by its new name, do not count.
 
     fp8 weights with a scale a block count as tensors of `fp8_dtype`, the scales as part of them.
     """
@@ -36,11 +36,11 @@ class Checkpoint:
         self,
         folder: Path,
         rename: Callable[[str], str | None] = lambda name: name,
-        rows: Mapping[str, int] = MappingProxyType({}),
+        spare: Mapping[str, int] = MappingProxyType({}),
         fp8_block: tuple[int, int] = (128, 128),
         fp8_dtype: np.dtype = np.dtype(ml_dtypes.bfloat16),
     ) -> None:
-        self.folder, self._rows, self._block, self._fp8 = folder, rows, fp8_block, fp8_dtype
+        self.folder, self._spare, self._block, self._fp8 = folder, spare, fp8_block, fp8_dtype
         self.left_out = 0
         self._at: dict[str, tuple[SafeFile, str]] = {}
         for file, name in _tensors(folder):
@@ -60,8 +60,8 @@ class Checkpoint:
         """Type, shape (with the rows that count) and place of a tensor on the disk."""
         file, there = self._at[name]
         entry = file.entries[there]
-        if name in self._rows and entry.shape:
-            entry = entry._replace(shape=(min(self._rows[name], entry.shape[0]), *entry.shape[1:]))
+        if name in self._spare and entry.shape:
+            entry = entry._replace(shape=(max(entry.shape[0] - self._spare[name], 0), *entry.shape[1:]))
         return entry
 
     def dtype(self, name: str) -> np.dtype:

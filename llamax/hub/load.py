@@ -102,8 +102,8 @@ def open_folder(folder: Path) -> Source:
     tied = config.head.tied
 
     rename = part.rename if part else lambda name: name
-    rows = part.rows if part else {}
-    checkpoint = Checkpoint(folder, rename, rows, _fp8_block(data, where), _float_type(data))
+    spare = part.spare if part else {}
+    checkpoint = Checkpoint(folder, rename, spare, _fp8_block(data, where), _float_type(data))
     if part and checkpoint.left_out:
         warnings.warn(
             f"{folder}: {checkpoint.left_out} tensors outside the text model are left out; images are not read",

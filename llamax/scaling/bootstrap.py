@@ -170,7 +170,7 @@ def bootstrap_parametric(
 
     Resampling runs alone would leave the doubt of the coupled law's prior out, and intervals would be too narrow the
     more it counts. So the prior's centre varies too, by normal quantiles over blocks of resamples; for a linear law
-    both together draw from the posterior (randomized maximum a posteriori, Bardsley et al. 2014).
+    both together draw from the posterior (randomize-then-optimize, Bardsley et al. 2014).
     """
     counts = resample_counts(frame, draws, rng)
     enough = (counts > 0).sum(1) > fit.n_parameters

@@ -146,11 +146,12 @@ def predict(fit: ScalingFit, *, flops: Scalar, n: Scalar, d: Scalar) -> Predicti
             f"fitted without the largest budget, {law.label} misses it by {100 * (chosen.holdout_error or 0):.2g} % "
             f"against residuals of {100 * residual_scale(chosen.fit):.2g} %: the interval is widened by that ratio"
         )
-    errors = {part.fit.law.label: part.holdout_error for part in fit.laws.values() if part.holdout_error is not None}
-    if errors and (better := min(errors, key=errors.__getitem__)) != law.label:
+    for other in fit.laws.values():
+        if other.holdout_error is None or chosen.holdout_error is None or other.holdout_error >= chosen.holdout_error:
+            continue
         words.append(
-            f"the largest budget alone speaks for another law: fitted without it, {better} misses it by "
-            f"{100 * errors[better]:.2g} %, {law.label} by {100 * errors[law.label]:.2g} %"
+            f"the largest budget alone speaks for another law: fitted without it, {other.fit.law.label} misses it by "
+            f"{100 * other.holdout_error:.2g} %, {law.label} by {100 * chosen.holdout_error:.2g} %"
         )
     law_only, one_run = _intervals(fit, n, d)
     if one_run is None:

@@ -61,7 +61,8 @@ def check(folder: Path, out: Path) -> None:
     there, back = tensors(folder), tensors(out)
     theirs = there
     if text:
-        theirs = {n: a[: text.rows.get(n)] for name, a in there.items() if (n := text.rename(name)) is not None}
+        own = {n: a for name, a in there.items() if (n := text.rename(name)) is not None}
+        theirs = {n: a[: len(a) - text.spare.get(n, 0)] for n, a in own.items()}
     assert theirs.keys() == back.keys()
     for name, array in back.items():
         assert (array.dtype, array.shape) == (theirs[name].dtype, theirs[name].shape), name

@@ -20,6 +20,7 @@ import llamax
 from llamax.config.load import run_from_data, validate
 from llamax.config.model import ModelConfig
 from llamax.config.run import MeshConfig
+from llamax.errors import UserError
 from llamax.hub import load as hub_load
 from llamax.hub.convert import export_run, import_run
 from llamax.hub.dialects import read_config
@@ -156,6 +157,10 @@ def test_the_text_model_of_llama_3_2_vision(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.asarray(model(tokens)), np.asarray(direct(tokens)))
     export_hf(model, run, tmp_path / "out")
     assert {n: a.tobytes() for n, a in tensors(tmp_path / "out").items()} == {n: a.tobytes() for n, a in found.items()}
+    embedding = "language_model.model.embed_tokens.weight"
+    write(folder, wrapped | {embedding: np.concatenate([wrapped[embedding], wrapped[embedding][:1]])})
+    with pytest.raises(UserError, match=r"of another shape: .*embed_tokens"), pytest.warns(match="left out"):
+        load_hf(folder)
 
 
 def test_the_defaults_of_llama_3_2_vision_are_its_own() -> None:

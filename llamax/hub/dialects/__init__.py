@@ -36,13 +36,13 @@ class Wrapper:
     """A model of several parts whose text part is a dialect: where in its config and its tensors that part is.
 
     adapters: the field of the text config that lists the layers which read another part, and which text alone passes
-    by: without them it is the dialect's model. spare_rows: the embedding has rows after the vocabulary's. defaults: of
-    fields that text_config leaves out, where they are not the dialect's.
+    by: without them it is the dialect's model. spare_rows: how many rows follow the vocabulary's in the embedding.
+    defaults: of fields that text_config leaves out, where they are not the dialect's.
     """
 
     text: str
     adapters: str | None = None
-    spare_rows: bool = False
+    spare_rows: int = 0
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def text_config(self, data: dict[str, Any], where: str) -> tuple[dict[str, Any], TextPart]:
@@ -67,20 +67,20 @@ class Wrapper:
                 f"{where}: text_config.{self.adapters} = {str(out)[:80]}: give the numbers, from 0, of some of the "
                 f"num_hidden_layers = {text.get('num_hidden_layers')!r} layers"
             )
-        rows = {"model.embed_tokens.weight": text["vocab_size"]} if self.spare_rows and "vocab_size" in text else {}
-        return {**text, "num_hidden_layers": count - len(out)}, TextPart(frozenset(out), rows)
+        spare = {"model.embed_tokens.weight": self.spare_rows} if self.spare_rows else {}
+        return {**text, "num_hidden_layers": count - len(out)}, TextPart(frozenset(out), spare)
 
 
 @dataclass(frozen=True)
 class TextPart:
     """The text model's tensors among those of a wrapper.
 
-    left_out: layers of the file that the text model has not; the others close ranks. rows: how many rows of a tensor
-    are its own, where the file has more.
+    left_out: layers of the file that the text model has not; the others close ranks. spare: how many rows at the end of
+    a tensor are not its own.
     """
 
     left_out: frozenset[int] = frozenset()
-    rows: Mapping[str, int] = field(default_factory=dict)
+    spare: Mapping[str, int] = field(default_factory=dict)
 
     def rename(self, name: str) -> str | None:
         """The text model's name of a tensor, None for one of another part."""
@@ -105,7 +105,7 @@ _MLLAMA = {  # transformers' MllamaTextConfig
 WRAPPERS = {
     "gemma3": Wrapper("gemma3_text"),
     "llama4": Wrapper("llama4_text"),
-    "mllama": Wrapper("llama", adapters="cross_attention_layers", spare_rows=True, defaults=_MLLAMA),
+    "mllama": Wrapper("llama", adapters="cross_attention_layers", spare_rows=8, defaults=_MLLAMA),
 }
 
 
