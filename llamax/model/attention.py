@@ -65,24 +65,64 @@ def attend(
 
 def _attend(
     q: Array, k: Array, v: Array, sight: Sight, logits: Logits, compute: str
-) -> tuple[Array, tuple[Array, ...]]:
-    batch, queries, heads, dim = q.shape
-    grouped = q.reshape(batch, queries, k.shape[2], heads // k.shape[2], dim) * logits.scale  # smaller than the scores
-    scores = _einsum("btjgd,bsjd->bjgts", grouped, k, compute)
-    slope: tuple[Array, ...] = ()
-    if logits.softcap is not None:
-        tanh = jnp.tanh(scores / logits.softcap)
-        scores, slope = logits.softcap * tanh, (1 - tanh * tanh,)
-    p = jax.nn.softmax(scores + _bias(queries, k, heads, sight, logits), axis=-1)
-    out = _einsum("bjgts,bsjd->btjgd", p, v, compute).reshape(batch, queries, heads, -1).astype(q.dtype)
-    return out, (p.astype(jnp.dtype(compute)), *slope)
+) -> tuple[Array, tuple[list[Array], ...]]:
+    grouped = _grouped(q, k) * logits.scale  # smaller than the scores
+    outs, saved, slopes = [], [], []
+    for span in spans(q.shape[1], k.shape[1], sight, logits):
+        scores = _einsum("btjgd,bsjd->bjtgs", grouped[:, span.queries], k[:, span.keys], compute)
+        if logits.softcap is not None:
+            tanh = jnp.tanh(scores / logits.softcap)
+            scores = logits.softcap * tanh
+            slopes.append(1 - tanh * tanh)
+        p = jax.nn.softmax(_masked(scores, span, q.shape[2], sight, logits), axis=-1)
+        outs.append(_einsum("bjtgs,bsjd->btjgd", p, v[:, span.keys], compute))
+        saved.append(p.astype(jnp.dtype(compute)))
+    out = jnp.concatenate(outs, axis=1) if len(outs) > 1 else outs[0]
+    return out.reshape(*q.shape[:3], -1).astype(q.dtype), (saved, slopes)
+
+
+class Span(NamedTuple):
+    """Some queries, and the keys that contain all they can see: slices of the call's own."""
+
+    queries: slice
+    keys: slice
+
+
+def whole(queries: int, keys: int) -> Span:
+    """All queries and all keys."""
+    return Span(slice(0, queries), slice(0, keys))
+
+
+MOST_SPANS = 8  # of one call: half of the scores are never seen, and 8 spans leave 1/16 of that half undone
+
+
+def spans(queries: int, keys: int, sight: Sight, logits: Logits) -> list[Span]:
+    """Queries in blocks, each with the keys from its window's or chunk's first to the last it may see.
+
+    One span of everything where positions are data, as in decoding.
+    """
+    if sight.queries is not None or sight.keys is not None:
+        return [whole(queries, keys)]
+    size = max(64, min(128, queries // 2), -(-queries // MOST_SPANS))
+    found = []
+    for start in range(0, queries, size):
+        end = min(start + size, queries)
+        first = 0 if logits.window is None else max(0, start - logits.window + 1)
+        first = first if logits.chunk is None else max(first, start // logits.chunk * logits.chunk)
+        found.append(Span(slice(start, end), slice(first, min(end, keys))))
+    return found
+
+
+def _grouped(x: Array, k: Array) -> Array:
+    """[batch, queries, heads, width] as [batch, queries, kv_heads, heads a kv head, width]."""
+    return x.reshape(*x.shape[:2], k.shape[2], -1, x.shape[3])
 
 
 def visible(
-    queries: int, keys: int, sight: Sight, window: int | None = None, chunk: int | None = None
+    span: Span, sight: Sight, window: int | None = None, chunk: int | None = None
 ) -> tuple[Bool[Array, "#rows queries keys"], Int[Array, "#rows queries keys"]]:
-    """(whether each of `queries` sees each of `keys`, how far back the key is); one row where all rows are alike."""
-    t, s = _positions(queries, keys, sight)
+    """(whether each of a span's queries sees each of its keys, how far back that is); one row where all are alike."""
+    t, s = _positions(span, sight)
     distance = t[:, :, None] - s[:, None, :]
     keep = distance >= 0
     if window is not None:
@@ -90,17 +130,18 @@ def visible(
     if chunk is not None:
         keep = keep & (t[:, :, None] // chunk == s[:, None, :] // chunk)
     if sight.segments is not None:
-        keep = keep & (sight.segments[:, :, None] == sight.segments[:, None, :])
+        keep = keep & (sight.segments[:, span.queries, None] == sight.segments[:, None, span.keys])
     if sight.selected is not None:
-        keep = keep & sight.selected
+        keep = keep & sight.selected[:, span.queries, span.keys]
     return keep, distance
 
 
-def _positions(queries: int, keys: int, sight: Sight) -> tuple[Array, Array]:
+def _positions(span: Span, sight: Sight) -> tuple[Array, Array]:
     # Positions that are not given are constants, so that the mask of training is one too.
-    t = jnp.arange(queries)[None] if sight.queries is None else sight.queries
-    s = jnp.arange(keys)[None] if sight.keys is None else sight.keys
-    return t, s
+    def of(given: Array | None, part: slice) -> Array:
+        return jnp.arange(part.start, part.stop)[None] if given is None else given[:, part]
+
+    return of(sight.queries, span.queries), of(sight.keys, span.keys)
 
 
 def in_blocks(
@@ -113,17 +154,18 @@ def in_blocks(
     return near[:, None] | far[:, :, None]
 
 
-def _bias(queries: int, k: Array, heads: int, sight: Sight, logits: Logits) -> Array:
-    """ALiBi and the mask, [1 or batch, kv_heads or 1, group or 1, queries, keys]; masked entries very negative."""
-    keep, distance = (x[:, None, None] for x in visible(queries, k.shape[1], sight, logits.window, logits.chunk))
+def _masked(scores: Array, span: Span, heads: int, sight: Sight, logits: Logits) -> Array:
+    """Scores [batch, kv_heads, queries, group, keys] with ALiBi, those of keys that are not seen very negative."""
+    kv_heads = scores.shape[1]
+    keep, distance = visible(span, sight, logits.window, logits.chunk)
+    seen = keep[:, None, :, None]
     if logits.block_sparse is not None:
-        blocks = in_blocks(logits.block_sparse, heads, *_positions(queries, k.shape[1], sight))
-        keep = keep & blocks.reshape(len(blocks), k.shape[2], -1, *blocks.shape[2:])
-    bias = jnp.where(keep, 0.0, -1e30)
+        blocks = in_blocks(logits.block_sparse, heads, *_positions(span, sight))
+        seen = seen & blocks.reshape(len(blocks), kv_heads, -1, *blocks.shape[2:]).swapaxes(2, 3)
     if logits.slopes is not None:
-        slopes = jnp.asarray(logits.slopes, jnp.float32).reshape(1, k.shape[2], -1, 1, 1)
-        bias = bias - slopes * distance
-    return bias
+        slopes = jnp.asarray(logits.slopes, jnp.float32).reshape(1, kv_heads, 1, -1, 1)
+        scores = scores - slopes * distance[:, None, :, None]
+    return jnp.where(seen, scores, -1e30)
 
 
 def _einsum(spec: str, a: Array, b: Array, compute: str) -> Array:
@@ -133,23 +175,35 @@ def _einsum(spec: str, a: Array, b: Array, compute: str) -> Array:
 
 def _attend_forward(q, k, v, sight, logits, compute):  # type: ignore[no-untyped-def]
     out, saved = _attend(q, k, v, sight, logits, compute)
-    return out, (q, k, v, *saved)
+    return out, (q, k, v, sight, saved)
 
 
-def _attend_backward(logits, compute, saved, g):  # type: ignore[no-untyped-def]
-    q, k, v, p, *slope = saved
-    batch, queries, heads, _ = q.shape
-    grouped = (batch, queries, k.shape[2], heads // k.shape[2], -1)
-    q5, g5 = q.reshape(grouped), g.reshape(grouped)
-    dv = _einsum("bjgts,btjgd->bsjd", p, g5, compute)
-    dp = _einsum("btjgd,bsjd->bjgts", g5, v, compute)
-    wide = p.astype(jnp.float32)
-    ds = wide * (dp - jnp.sum(wide * dp, axis=-1, keepdims=True))
-    if slope:
-        ds = ds * slope[0]
-    dq = _einsum("bjgts,bsjd->btjgd", ds, k, compute).reshape(q.shape) * logits.scale
-    dk = _einsum("bjgts,btjgd->bsjd", ds, q5 * logits.scale, compute)
+def _attend_backward(logits, compute, kept, g):  # type: ignore[no-untyped-def]
+    q, k, v, sight, (saved, slopes) = kept
+    q5, g5 = _grouped(q, k) * logits.scale, _grouped(g, k)
+    dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for i, span in enumerate(spans(q.shape[1], k.shape[1], sight, logits)):
+        p, q_i, g_i = saved[i], q5[:, span.queries], g5[:, span.queries]
+        dp = _einsum("btjgd,bsjd->bjtgs", g_i, v[:, span.keys], compute)
+        wide = p.astype(jnp.float32)
+        ds = wide * (dp - jnp.sum(wide * dp, axis=-1, keepdims=True))
+        ds = ds * slopes[i] if slopes else ds
+        dq.append(_einsum("bjtgs,bsjd->btjgd", ds, k[:, span.keys], compute))
+        dk = dk.at[:, span.keys].add(_over_queries(ds, q_i, compute))
+        dv = dv.at[:, span.keys].add(_over_queries(p, g_i, compute))
+    dq = (jnp.concatenate(dq, axis=1) if len(dq) > 1 else dq[0]).reshape(q.shape) * logits.scale
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+def _over_queries(weights: Array, x: Array, compute: str) -> Array:
+    """sum over queries and heads of a group: weights [b, j, t, g, s] x [b, t, j, g, d] -> [b, s, j, d].
+
+    As a product of [d, t g] and [t g, s]: contracting the rows of both would be slow on a CPU, and it is the small
+    operand that is turned.
+    """
+    b, j, t, g, s = weights.shape
+    turned = x.transpose(0, 2, 4, 1, 3).reshape(b, j, -1, t * g)
+    return _einsum("bjdm,bjms->bjds", turned, weights.reshape(b, j, t * g, s), compute).transpose(0, 3, 1, 2)
 
 
 attend.defvjp(_attend_forward, _attend_backward)

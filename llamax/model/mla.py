@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from llamax.config.components import Init, LatentAttention, Position, Rope
-from llamax.model.attention import Logits, Sight, attend, visible
+from llamax.model.attention import Logits, Sight, attend, visible, whole
 from llamax.model.cache import Latents, Slot, Step, extend
 from llamax.model.execution import Execution
 from llamax.model.indexer import Indexer, choose, divergence, selection
@@ -74,7 +74,7 @@ class MultiHeadLatentAttention(nnx.Module):
         sight, statistics = Sight(segments=segments), {}
         if self.config.indexer is not None:
             index = self.indexer.scores(x, read, self.indexer.keys(x, table, execution), table, execution)
-            keep, _ = visible(x.shape[1], x.shape[1], sight)
+            keep, _ = visible(whole(x.shape[1], x.shape[1]), sight)
             selected = selection(index, keep, self.config.indexer.top_k)
             statistics["indexer"] = divergence(q, k, index, selected, self.logits.scale, execution.compute)
             sight = sight._replace(selected=selected)
@@ -97,7 +97,7 @@ class MultiHeadLatentAttention(nnx.Module):
         latents, sight = seen.latent, Sight(step.positions, positions)
         if self.config.indexer is not None and seen.index_key is not None:
             index = self.indexer.scores(x, read, seen.index_key, table, execution)
-            keep, _ = visible(x.shape[1], positions.shape[1], sight)
+            keep, _ = visible(whole(x.shape[1], positions.shape[1]), sight)
             if one:  # fetch what is chosen and attend to nothing else
                 chosen = choose(index, keep, self.config.indexer.top_k)[:, 0]
                 latents = jnp.take_along_axis(latents, chosen[:, :, None], axis=1)
