@@ -208,6 +208,21 @@ class Checkpoints:
             ) from error
 
 
+def load_state(
+    run_dir: Path, abstract_state: T, *, on_warning: Warn = warnings.warn
+) -> tuple[int, T, dict[str, Any]] | None:
+    """`Checkpoints.restore` for a reader: changes nothing on the disk, the run may be training.
+
+    Raises:
+        UserError: there are checkpoints and none is good, or they hold other arrays than asked for.
+    """
+    found = _newest_good(Path(run_dir).absolute() / CHECKPOINTS, on_warning)
+    if found is None:
+        return None
+    checkpoint, note = found
+    return checkpoint.step, _read(checkpoint.path, abstract_state, note), note["meta"]
+
+
 def load_params(run_dir: Path, abstract_model: T, step: int | None = None, *, on_warning: Warn = warnings.warn) -> T:
     """The model part alone of a checkpoint of `run_dir`: of `step`, or of the newest good one.
 
