@@ -125,8 +125,7 @@ def _workspace(folder: Path) -> Iterator[Path]:
 
 def _put(summary: dict[str, Any], work: Path, folder: Path, before: dict[str, Any] | None) -> dict[str, Any]:
     """Move the trace into `folder`, write the page and the summary, and drop the trace that was there before."""
-    from llamax.report.markdown import to_markdown
-    from llamax.report.profile_page import sections
+    from llamax.report.profile_page import sections, to_text
     from llamax.train.files import write_atomic, writing
 
     with writing(folder):
@@ -142,7 +141,7 @@ def _put(summary: dict[str, Any], work: Path, folder: Path, before: dict[str, An
             "summary": str(folder / SUMMARY),
         }
         summary = {**summary, "files": files}
-        write_atomic(folder / PAGE, to_markdown(f"A training step of {summary['name']}", sections(summary)))
+        write_atomic(folder / PAGE, to_text(f"A training step of {summary['name']}", sections(summary)))
         write_atomic(folder / SUMMARY, json.dumps(summary, indent=1, allow_nan=False) + "\n")
         if before is not None:
             shutil.rmtree(folder / TRACES / Path(before["files"]["xplane"]).parent.name, ignore_errors=True)

@@ -63,12 +63,13 @@ class Program:
         return float(sum(self._product(part) for part in self.inside(instruction)))
 
     def source(self, instruction: Instruction) -> tuple[str, tuple[str, ...]]:
-        """(op_name, frames) of the instruction; else of the last one inside; else of what makes its operand.
+        """(op_name, frames) of the product inside, else of the instruction, of the last one inside, of its operand.
 
         Copies that the compiler put in have none of their own, and are charged to whoever made what they copy.
         """
         for _ in range(HOPS):
-            parts = [instruction, *reversed(self.inside(instruction)[1:])]
+            inside = self.inside(instruction)
+            parts = [*(part for part in inside if part.opcode == "dot"), instruction, *reversed(inside[1:])]
             if found := next((part for part in parts if part.frames), None):
                 return found.op_name, found.frames
             if not instruction.operands or instruction.operands[0] not in self.instructions:

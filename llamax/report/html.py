@@ -33,7 +33,7 @@ def write_report(
     study = load_study(study_dir, fits, prediction, timings)
     parts = sections(study)
     page = to_html(study.name, parts)
-    _write(study.path / "report.md", to_markdown(f"Scaling study: {study.name}", parts))
+    _write(study.path / "report.md", to_markdown(study.name, parts))
     return _write(study.path / "report.html", page)
 
 

@@ -1,4 +1,4 @@
-"""A report in words and tables as Markdown, for a terminal or a pull request; figures are in report.html."""
+"""report.md: the report in words and tables, for a terminal or a pull request. The figures are in report.html."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import re
 from llamax.report.blocks import Block, Bullets, Figures, Grid, Section, Tiles, Words
 
 
-def to_markdown(title: str, parts: tuple[Section, ...]) -> str:
+def to_markdown(name: str, parts: tuple[Section, ...]) -> str:
     """GitHub-flavoured Markdown; text that comes from data can neither start markup nor break a table."""
-    lines = [f"# {_plain(title)}"]
+    lines = [f"# Scaling study: {_plain(name)}"]
     for part in parts:
         lines += ["", f"## {_plain(part.title)}", ""]
         for block in part.blocks:

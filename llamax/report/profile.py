@@ -106,7 +106,9 @@ def describe(program: Program, span: Span) -> Operation:
     category = _first(CATEGORIES, _words_of(program, instruction, span))
     part, where = _place(frames)
     backward = "transpose(" in op_name
-    return Operation(category, part, where, backward, _label(instruction, category), program.flops(instruction))
+    return Operation(
+        category, part, where, backward, _label(instruction, category, op_name), program.flops(instruction)
+    )
 
 
 def _words_of(program: Program, instruction: Instruction, span: Span) -> str:
@@ -137,8 +139,11 @@ def _short(function: str) -> str:
     return re.sub(r"\.?<\w+>", "", function)
 
 
-def _label(instruction: Instruction, category: str) -> str:
-    name = "dot" if category == "matmul" else re.sub(r"[.\d]+$", "", instruction.name)
+def _label(instruction: Instruction, category: str, op_name: str) -> str:
+    """`dot f32[2,3]`: what the compiler calls it, or where that says nothing JAX's name of its last primitive."""
+    name = re.sub(r"(_fusion)?[.\d]*$", "", instruction.name)
+    primitive = op_name.rpartition("/")[2]
+    name = "dot" if category == "matmul" else primitive if primitive and name in ("ynn", "fusion") else name
     return f"{name} {instruction.shape}"
 
 
@@ -208,7 +213,7 @@ def _group(operation: Operation, rows: list[tuple[float, Span]], window: float, 
 
 
 RULES = {
-    "step_seconds": "median of untraced dispatches, metrics to metrics",
+    "step_seconds": "median of untraced dispatches",
     "step_seconds_traced": "the same with the profiler on",
     "window_seconds": "first operation's start to last one's end on one device, divided by the traced steps",
     "shares": "each moment goes in equal parts to the operations then running; a loop has what is left",
@@ -216,9 +221,9 @@ RULES = {
     "tokens_per_second": "batch x seq / step",
     "flops_per_second": "FLOPs of the causal convention / step",
     "mfu": "that / (peak of a device x devices)",
-    "host_seconds_per_step": "load batches, call program, wait for metrics",
+    "host_seconds_per_step": "load batches, call program, wait for it",
     "processor_seconds_per_step": "of this process, all threads",
-    "compile_seconds": "tracing to HLO, then XLA; not from llamax's cache",
+    "compile_seconds": "tracing to HLO, then XLA",
     "memory_bytes": "argument + output - alias + temp + code",
     "operations": "flops: 2 x output x contracted size of each product; count and seconds are of one step",
 }

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from typing import Any
 
-from llamax.report.blocks import Bullets, Grid, Section, Words
+from llamax.report.blocks import Block, Bullets, Grid, Section, Words
 from llamax.report.profile import CATEGORIES, IDLE
 
 WIDTH = 100
@@ -16,7 +17,7 @@ SMALL = 0.0005  # of a step: not shown in the table of parts
 def sections(summary: dict[str, Any]) -> tuple[Section, ...]:
     """The page: the step, where its time goes, its heaviest operations, how to go on."""
     return (
-        Section("step", "The step", (Grid(("", "", "how"), tuple(_facts(summary)), text=3),)),
+        Section("step", "The step", (Grid(("", "", ""), tuple(_facts(summary)), text=3),)),
         Section("parts", "Where it goes, % of the traced step", (_parts(summary), Words(_legend(summary)))),
         Section("operations", "Heaviest operations", (_operations(summary), Words(_note(summary)))),
         Section("files", "Look closer", (Bullets(tuple(_files(summary))),)),
@@ -45,7 +46,9 @@ def _facts(summary: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         peak = used["peak_flops_per_second"] / 1e12
         yield "MFU", f"{100 * used['fraction']:.1f} %", f"{rules['mfu']}; peak {peak:,.4g} TFLOP/s"
     busy, cores = summary["processor_seconds_per_step"], summary["cores"]
-    yield "processor", f"{1e3 * busy:.4g} ms ({busy / step:.2f} of {cores} cores)", rules["processor_seconds_per_step"]
+    load = f"; load average {summary['load_average']:.1f}" if summary["load_average"] is not None else ""
+    used_cores = f"{1e3 * busy:.4g} ms ({busy / step:.2f} of {cores} cores)"
+    yield "processor", used_cores, rules["processor_seconds_per_step"] + load
     host = summary["host_seconds_per_step"]
     yield "host", ", ".join(f"{k} {1e3 * v:.3g}" for k, v in host.items()) + " ms", rules["host_seconds_per_step"]
     compiling = summary["compile_seconds"]
@@ -113,7 +116,7 @@ def _note(summary: dict[str, Any]) -> str:
 
 def _files(summary: dict[str, Any]) -> Iterator[str]:
     files = summary["files"]
-    yield f"Perfetto (ui.perfetto.dev, Open trace file): {files['perfetto']}"
+    yield f"ui.perfetto.dev, Open trace file: {files['perfetto']}"
     yield f"XProf: pip install xprof, then xprof --logdir {files['folder']}"
     yield f"all numbers: {files['summary']}"
 
@@ -132,25 +135,48 @@ def _mib(count: int | None) -> str:
     return "-" if count is None else f"{count / 2**20:,.0f} MiB"
 
 
-# ---------------------------------------------------------------- terminal
+# ---------------------------------------------------------------- drawing
 def to_rich(parts: tuple[Section, ...]) -> Iterator[Any]:
     """The sections as rich renderables that fit in WIDTH columns."""
-    from rich.table import Table
     from rich.text import Text
 
     for part in parts:
         yield Text(f"\n{part.title}", style="bold")
+        yield from (_drawn(block) for block in part.blocks)
+
+
+def to_text(title: str, parts: tuple[Section, ...]) -> str:
+    """The sections as Markdown that reads alike as plain text: tables are set in columns, at most WIDTH wide."""
+    lines = [f"# {title}"]
+    for part in parts:
+        lines += ["", f"## {part.title}"]
         for block in part.blocks:
-            if isinstance(block, Grid):
-                table = Table(
-                    box=None, header_style="bold", pad_edge=False, width=WIDTH, show_header=any(block.columns[:2])
-                )
-                for i, name in enumerate(block.columns):
-                    table.add_column(name, justify="left" if i < block.text else "right", overflow="fold", ratio=None)
-                for row in block.rows:
-                    table.add_row(*(Text(cell) for cell in row))
-                yield table
-            elif isinstance(block, Words):
-                yield Text(block.text, style="dim")
-            elif isinstance(block, Bullets):
-                yield from (Text(f"- {item}") for item in block.items)
+            text = _plain(_drawn(block))
+            lines += ["", "```", *text, "```"] if isinstance(block, Grid) else ["", *text]
+    return "\n".join(lines) + "\n"
+
+
+def _plain(drawn: Any) -> list[str]:
+    from rich.console import Console
+
+    console = Console(width=WIDTH, file=io.StringIO(), color_system=None, legacy_windows=False)
+    with console.capture() as capture:
+        console.print(drawn)
+    return [line.rstrip() for line in capture.get().splitlines()]
+
+
+def _drawn(block: Block) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    if isinstance(block, Words):
+        return Text(block.text, style="dim")
+    if isinstance(block, Bullets):
+        return Text("\n".join(f"- {item}" for item in block.items))
+    assert isinstance(block, Grid)
+    table = Table(box=None, header_style="bold", pad_edge=False, show_header=any(block.columns))
+    for i, name in enumerate(block.columns):
+        table.add_column(name, justify="left" if i < block.text else "right", overflow="fold")
+    for row in block.rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table

@@ -203,6 +203,7 @@ class _Session:
             },
             "processor_seconds_per_step": (before.cpu + after.cpu) / many,
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
             "compile_seconds": {"lower": self.lower_seconds, "compile": self.compile_seconds},
             "memory_bytes": self._memory(),
         }
