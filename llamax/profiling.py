@@ -107,10 +107,10 @@ def _earlier(folder: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def _workspace(folder: Path) -> Iterator[Path]:
-    """A folder inside `folder` to record in; gone afterwards, as is `folder` if nothing came of it."""
+    """A folder inside `folder` to record in; gone afterwards, as are the folders made for it if nothing came of it."""
     from llamax.train.files import writing
 
-    there = folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".recording-", dir=folder))
@@ -118,9 +118,9 @@ def _workspace(folder: Path) -> Iterator[Path]:
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
-        if not there:
-            with contextlib.suppress(OSError):  # not empty: the profile is there
-                folder.rmdir()
+        with contextlib.suppress(OSError):  # not empty: the profile is there
+            for path in made:
+                path.rmdir()
 
 
 def _put(summary: dict[str, Any], work: Path, folder: Path, before: dict[str, Any] | None) -> dict[str, Any]:

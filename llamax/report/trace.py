@@ -10,9 +10,9 @@
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import re
+from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,13 +104,12 @@ def self_times(spans: Sequence[Span], is_container: Sequence[bool]) -> tuple[lis
     charged = [0.0] * len(spans)
     idle = 0.0
     marks = sorted({time for span in spans for time in (span.start, span.end)})
-    begins = sorted(range(len(spans)), key=lambda i: (spans[i].start, -spans[i].end))
+    waiting = deque(sorted(range(len(spans)), key=lambda i: (spans[i].start, -spans[i].end)))
     running: list[int] = []
     for now, then in itertools.pairwise(marks):
+        while waiting and spans[waiting[0]].start <= now:
+            running.append(waiting.popleft())
         running = [i for i in running if spans[i].end > now]
-        first = bisect.bisect_left(begins, now, key=lambda i: spans[i].start)
-        last = bisect.bisect_right(begins, now, key=lambda i: spans[i].start)
-        running += [i for i in begins[first:last] if spans[i].end > now]
         top = {spans[i].lane: i for i in running}  # of each lane the one begun last, for they are in order
         working = [i for i in top.values() if not is_container[i]] or running[-1:]
         for i in working:

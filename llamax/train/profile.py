@@ -121,11 +121,11 @@ class _Session:
         return load_dispatch(self.setup.batches, self.step, self.step + count, self.capacity, self.place)
 
     def warm_up(self) -> tuple[int, float]:
-        """(how many steps the loop would put in a dispatch, seconds such a dispatch takes)."""
+        """(how many steps the loop would put in a dispatch, seconds such a dispatch takes at most)."""
         self.run("warm up", [1])
         timed = self.run("warm up", [1]).seconds[0]
         count = min(self.capacity, max(1, int(SECONDS_PER_DISPATCH / timed)))
-        return count, self.run("warm up", [count]).seconds[0]
+        return count, max(self.run("warm up", [count] * DISPATCHES).seconds)
 
     def run(self, label: str, plan: list[int]) -> Timing:
         """Dispatch after dispatch of `plan` steps each; the batches of the next are loaded while one runs."""
@@ -176,7 +176,7 @@ class _Session:
         used = mfu(flops["causal"] / step, device.device_kind, mesh.size, compute)
         many = sum(before.steps) + sum(after.steps)
         return {
-            "name": config.hash8,
+            "hash": config.hash8,
             "weights": self.weights,
             "first_step": self.first,
             "device": {"platform": device.platform, "kind": device.device_kind, "count": mesh.size},
