@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llamax import converting, generating
+from llamax import converting, generating, profiling
 from llamax.console import Json
 from llamax.console import emit as _emit
 from llamax.console import print_json as _print_json
@@ -30,6 +30,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(model_app, name="model")
 app.add_typer(config_app, name="config")
 app.command("generate")(generating.generate)
+app.command("profile")(profiling.profile)
 model_app.command("import")(converting.model_import)
 model_app.command("export")(converting.model_export)
 

@@ -128,13 +128,12 @@ class Checkpoints:
             for path in self._directory.glob("*"):
                 if path.suffix in (".saving", ".deleting"):
                     shutil.rmtree(path, ignore_errors=True)
-        found = _newest_good(self._directory, self._warn)
-        if found is None:
+        restored = _restore(self._directory, abstract_state, self._warn)
+        if restored is None:
             return None
-        checkpoint, note = found
-        state = _read(checkpoint.path, abstract_state, note)
+        checkpoint, state, meta = restored
         self._good = {checkpoint.step: checkpoint.permanent}
-        return checkpoint.step, state, note["meta"]
+        return checkpoint.step, state, meta
 
     def wait(self) -> None:
         """Return when the last save is complete on the disk. Raises UserError if it failed."""
@@ -208,6 +207,18 @@ class Checkpoints:
             ) from error
 
 
+def load_state(
+    run_dir: Path, abstract_state: T, *, on_warning: Warn = warnings.warn
+) -> tuple[int, T, dict[str, Any]] | None:
+    """`Checkpoints.restore` for a reader: changes nothing on the disk, the run may be training.
+
+    Raises:
+        UserError: there are checkpoints and none is good, or they hold other arrays than asked for.
+    """
+    restored = _restore(Path(run_dir).absolute() / CHECKPOINTS, abstract_state, on_warning)
+    return None if restored is None else (restored[0].step, *restored[1:])
+
+
 def load_params(run_dir: Path, abstract_model: T, step: int | None = None, *, on_warning: Warn = warnings.warn) -> T:
     """The model part alone of a checkpoint of `run_dir`: of `step`, or of the newest good one.
 
@@ -225,6 +236,12 @@ def load_params(run_dir: Path, abstract_model: T, step: int | None = None, *, on
         what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         raise UserError(f"{directory}: {what}; " + (f"take one of the steps {have}" if have else "train the run first"))
     return _read(found[0].path, _as_saved(abstract_model, found[1]), found[1], prefix=".model")
+
+
+def _restore(directory: Path, abstract: T, warn: Warn) -> tuple[Found, T, dict[str, Any]] | None:
+    """(checkpoint, state, meta) of the newest good one."""
+    found = _newest_good(directory, warn)
+    return None if found is None else (found[0], _read(found[0].path, abstract, found[1]), found[1]["meta"])
 
 
 # ---------------------------------------------------------------- choosing

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from llamax.accounting.horizon import Horizon, horizon
@@ -22,18 +21,18 @@ from llamax.accounting.params import count_params
 from llamax.accounting.peaks import mfu
 from llamax.config.run import RunConfig
 from llamax.data.batches import TrainBatches, eval_batches
-from llamax.data.open import open_data
 from llamax.data.store import Store
-from llamax.errors import Interrupted, UserError
-from llamax.mesh.rules import batch_sharding, batch_ways, load_rules, make_mesh
+from llamax.errors import Interrupted
+from llamax.mesh.rules import batch_sharding, load_rules
 from llamax.mesh.start import start
 from llamax.train.checkpoints import Checkpoints
 from llamax.train.evaluate import evaluate
 from llamax.train.progress import Progress
 from llamax.train.rows import plain
 from llamax.train.run_dir import Run, open_run
+from llamax.train.setup import load_dispatch, set_up
 from llamax.train.signals import StopRequest, stop_signals
-from llamax.train.state import TrainState, abstract_state, init_state
+from llamax.train.state import TrainState, init_state
 from llamax.train.step import Dispatch, execution_of, make_dispatch
 
 SECONDS_PER_DISPATCH = 1.0  # a dispatch is cut to about this, so that a signal is answered and progress is seen
@@ -54,21 +53,7 @@ def train(config: RunConfig, run_dir: Path, *, report: Report | None = None) -> 
     """
     start()
     length = horizon(config)
-    store = open_data(config.data)
-    _check_vocabulary(config, store)
-    rules = load_rules(config.mesh.rules)
-    mesh = make_mesh(config.mesh)
-    _check_batch(config, batch_ways(rules, mesh))
-    abstract = abstract_state(config, rules, mesh)
-    batches = TrainBatches(
-        store,
-        batch_size=config.train.batch_size,
-        seq_len=config.train.seq_len,
-        seed=config.train.seed,
-        mask_documents=config.data.mask_documents,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    store, _, mesh, abstract, batches = set_up(config)
     with open_run(run_dir, config, store.fingerprint) as run:
         if run.result is not None:
             return run.result
@@ -205,17 +190,8 @@ class _Session:
 
     def _load(self, step: int) -> dict[str, jax.Array]:
         """The batches of the dispatch that starts at `step` on the mesh, padded with zeros to the compiled capacity."""
-        capacity = self.config.train.steps_per_dispatch
-        rows = [self.batches(k) for k in range(step, min(step + capacity, self.horizon.steps))]
-        place = batch_sharding(self.rules, self.mesh, leading=1)
-
-        def stack(name: str) -> jax.Array:
-            host = np.zeros((capacity, *rows[0][name].shape), rows[0][name].dtype)
-            for i, row in enumerate(rows):
-                host[i] = row[name]
-            return jax.make_array_from_process_local_data(place, host)
-
-        return {name: stack(name) for name in rows[0]}
+        capacity, place = self.config.train.steps_per_dispatch, batch_sharding(self.rules, self.mesh, leading=1)
+        return load_dispatch(self.batches, step, self.horizon.steps, capacity, place)
 
     def _fetch(self, pending: Pending | None) -> str | None:
         """Bring one dispatch's metrics to the host, log its rows, report; the cause if the run diverged."""
@@ -350,26 +326,6 @@ class _Session:
                 seconds_left=left,
                 phase=phase,
             )
-        )
-
-
-def _check_vocabulary(config: RunConfig, store: Store) -> None:
-    padded = -(-store.vocab_size // 256) * 256
-    if not store.vocab_size <= config.model.vocab_size <= padded:
-        raise UserError(
-            f"model.vocab_size={config.model.vocab_size} does not fit the store's vocabulary of "
-            f"{store.vocab_size} ({store.path}); "
-            f"set model.vocab_size={store.vocab_size}, or up to {padded} to pad, or use another store"
-        )
-
-
-def _check_batch(config: RunConfig, ways: int) -> None:
-    micro = config.train.batch_size // config.train.grad_accumulation
-    if micro % ways:
-        raise UserError(
-            f"train.batch_size={config.train.batch_size} / train.grad_accumulation={config.train.grad_accumulation} = "
-            f"{micro} sequences are not divisible by the mesh's {ways} batch shards; "
-            f"choose a multiple of {ways * config.train.grad_accumulation}"
         )
 
 

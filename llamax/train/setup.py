@@ -1,0 +1,89 @@
+"""What a run needs before its first step: its data, its mesh, the shapes of its state, the batches of a dispatch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from llamax.config.run import RunConfig
+from llamax.data.batches import TrainBatches
+from llamax.data.open import open_data
+from llamax.data.store import Store
+from llamax.errors import UserError
+from llamax.mesh.rules import Rules, batch_ways, load_rules, make_mesh
+from llamax.train.state import TrainState, abstract_state
+
+
+class Setup(NamedTuple):
+    """The parts of a run that its config decides and no step changes."""
+
+    store: Store
+    rules: Rules
+    mesh: Mesh
+    abstract: TrainState  # shapes with shardings
+    batches: TrainBatches
+
+
+def set_up(config: RunConfig) -> Setup:
+    """Open the data and lay the state out on this machine's devices.
+
+    Raises:
+        UserError: the data or the mesh does not fit the config.
+    """
+    store = open_data(config.data)
+    _check_vocabulary(config, store)
+    rules = load_rules(config.mesh.rules)
+    mesh = make_mesh(config.mesh)
+    _check_batch(config, batch_ways(rules, mesh))
+    abstract = abstract_state(config, rules, mesh)
+    batches = TrainBatches(
+        store,
+        batch_size=config.train.batch_size,
+        seq_len=config.train.seq_len,
+        seed=config.train.seed,
+        mask_documents=config.data.mask_documents,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return Setup(store, rules, mesh, abstract, batches)
+
+
+def load_dispatch(
+    batches: TrainBatches, first: int, stop: int, capacity: int, place: NamedSharding
+) -> dict[str, jax.Array]:
+    """The batches of steps `first` to `stop` - 1, at most `capacity`, as arrays [capacity, batch, seq + 1] on the mesh.
+
+    Padded with zeros to `capacity`, which the dispatch is compiled for.
+    """
+    rows = [batches(k) for k in range(first, min(first + capacity, stop))]
+
+    def stack(name: str) -> jax.Array:
+        host = np.zeros((capacity, *rows[0][name].shape), rows[0][name].dtype)
+        for i, row in enumerate(rows):
+            host[i] = row[name]
+        return jax.make_array_from_process_local_data(place, host)
+
+    return {name: stack(name) for name in rows[0]}
+
+
+def _check_vocabulary(config: RunConfig, store: Store) -> None:
+    padded = -(-store.vocab_size // 256) * 256
+    if not store.vocab_size <= config.model.vocab_size <= padded:
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size} does not fit the store's vocabulary of "
+            f"{store.vocab_size} ({store.path}); "
+            f"set model.vocab_size={store.vocab_size}, or up to {padded} to pad, or use another store"
+        )
+
+
+def _check_batch(config: RunConfig, ways: int) -> None:
+    micro = config.train.batch_size // config.train.grad_accumulation
+    if micro % ways:
+        raise UserError(
+            f"train.batch_size={config.train.batch_size} / train.grad_accumulation={config.train.grad_accumulation} = "
+            f"{micro} sequences are not divisible by the mesh's {ways} batch shards; "
+            f"choose a multiple of {ways * config.train.grad_accumulation}"
+        )
