@@ -214,13 +214,17 @@ class Schedule(Frozen):
 # ---------------------------------------------------------------- mesh, train, checkpoint, log
 class MeshConfig(Frozen):
     """Devices along each mesh axis; -1 on one axis takes all that the others leave. `rules` names a preset in
-    configs/meshes."""
+    configs/meshes.
+
+    `kernels`: auto takes the devices' own attention kernel wherever it covers a layer, none the reference everywhere.
+    """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
     expert: int = 1
     rules: str = "default"
+    kernels: Literal["auto", "none"] = "auto"
 
     @model_validator(mode="after")
     def _sizes(self) -> MeshConfig:
