@@ -53,7 +53,7 @@ DOT = "dot"  # the name under which products are kept by remat=dots; a policy ca
 def contract(x: Array, w: Array, inputs: int, compute: str) -> Array:
     """x [..., I...] times w [I..., O...] over the `inputs` axes I: [..., O...] in x's dtype.
 
-    Operands are cast to `compute`, products accumulate in float32. The backward pass does the same, which autodiff of
+    Operands are cast to `compute` (float8: see `quantize`, e5m2 for what comes back), products accumulate in float32. The backward pass does the same, which autodiff of
     a mixed-precision product would not: it would multiply float32 cotangents.
     """
     return checkpoint_name(_contract(x, w, inputs, compute), DOT)
@@ -69,9 +69,34 @@ def _dot(x: Array, w: Array, inputs: int, compute: str) -> Array:
     return _general(x, w, dims, compute)
 
 
-def _general(a: Array, b: Array, dims: tuple[tuple[int, ...], tuple[int, ...]], compute: str) -> Array:
+E4M3, E5M2 = "float8_e4m3fn", "float8_e5m2"  # three bits of fraction, or two and a wider range
+
+
+def _general(
+    a: Array,
+    b: Array,
+    dims: tuple[tuple[int, ...], tuple[int, ...]],
+    compute: str,
+    formats: tuple[str, str] = (E4M3, E4M3),
+) -> Array:
+    """The float32 product of a and b; `formats` are the operands' under compute=float8."""
+    if compute == "float8":
+        (a, scale_a), (b, scale_b) = quantize(a, formats[0]), quantize(b, formats[1])
+        out = jax.lax.dot_general(a, b, (dims, ((), ())), preferred_element_type=jnp.float32)
+        return out * (scale_a * scale_b)
     dtype = jnp.dtype(compute)
     return jax.lax.dot_general(a.astype(dtype), b.astype(dtype), (dims, ((), ())), preferred_element_type=jnp.float32)
+
+
+def quantize(x: Float[Array, "*shape"], dtype: str) -> tuple[Float[Array, "*shape"], Float[Array, ""]]:
+    """(x / scale rounded to a float8 format, scale), the largest entry on the format's largest number (current
+    scaling per array, arXiv:2209.05433, section 3). Eight-bit operands that carry no scale are what XLA's GPU backend
+    gives to cuBLASLt."""
+    largest = jnp.max(jnp.abs(x)).astype(jnp.float32)
+    limit = float(jnp.finfo(dtype).max)
+    scale = jnp.where(largest > 0, largest / limit, 1.0)
+    # Clipped, because a quotient that rounds above the limit is NaN in e4m3.
+    return jnp.clip(x.astype(jnp.float32) / scale, -limit, limit).astype(dtype), scale
 
 
 def _forward(x: Array, w: Array, inputs: int, compute: str) -> tuple[Array, tuple[Array, Array]]:
@@ -81,8 +106,8 @@ def _forward(x: Array, w: Array, inputs: int, compute: str) -> tuple[Array, tupl
 def _backward(inputs: int, compute: str, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, w = saved
     outputs, batch = w.ndim - inputs, x.ndim - inputs
-    dx = _general(g, w, (tuple(range(batch, batch + outputs)), tuple(range(inputs, w.ndim))), compute)
-    dw = _general(x, g, (tuple(range(batch)), tuple(range(batch))), compute)
+    dx = _general(g, w, (tuple(range(batch, batch + outputs)), tuple(range(inputs, w.ndim))), compute, (E5M2, E4M3))
+    dw = _general(x, g, (tuple(range(batch)), tuple(range(batch))), compute, (E4M3, E5M2))
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
