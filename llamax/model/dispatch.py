@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from llamax.model.linear import Contracted, dot
+
 SLACK = 1.125  # slots of the first round over the even share
 LEAST = 8  # slots a round, at least
 
@@ -103,17 +105,16 @@ def batched(
     x: Float[Array, "experts slots inputs"], w: Float[Array, "experts inputs outputs"], compute: str
 ) -> Float[Array, "experts slots outputs"]:
     """x w by expert in x's dtype, operands in `compute` and sums in float32, backward too (see `linear.contract`)."""
-    return _product("esi,eio->eso", x, w, compute).astype(x.dtype)
+    return _product(x, w, ((2,), (1,)), compute, x.dtype)
 
 
-def _product(spec: str, a: Array, b: Array, compute: str) -> Array:
-    return jnp.einsum(spec, a.astype(compute), b.astype(compute), preferred_element_type=jnp.float32)
+def _product(a: Array, b: Array, contracted: Contracted, compute: str, out: jnp.dtype) -> Array:
+    return dot(a.astype(compute), b.astype(compute), (contracted, ((0,), (0,))), out)
 
 
 def _batched_backward(compute: str, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, w = saved
-    dx = _product("eso,eio->esi", g, w, compute).astype(x.dtype)
-    return dx, _product("esi,eso->eio", x, g, compute).astype(w.dtype)
+    return _product(g, w, ((2,), (2,)), compute, x.dtype), _product(x, g, ((1,), (1,)), compute, w.dtype)
 
 
 batched.defvjp(lambda x, w, compute: (batched(x, w, compute), (x, w)), _batched_backward)
