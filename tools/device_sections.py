@@ -94,7 +94,8 @@ def memory_of(device: Any) -> int | None:
 
 
 def batch_of(shape: Shape, memory: int | None) -> int:
-    """Sequences a step: the most whose estimate fits without recomputation, at least LEAST_TOKENS' worth."""
+    """Sequences a step: the most whose estimate fits without recomputation, at least LEAST_TOKENS' worth. A mixture has
+    twice that, as its optimizer moves all experts whatever the tokens."""
     from llamax.train.remat import SHARE, device_bytes
 
     batch = max(1, TOKENS // shape.seq)
