@@ -11,7 +11,7 @@ from llamax.config.model import Block, ModelConfig
 from llamax.config.run import RunConfig, TrainConfig
 
 _F32 = 4
-_BYTES = {"float32": 4, "bfloat16": 2}
+_BYTES = {"float32": 4, "bfloat16": 2, "float8": 2}  # float8 operands are made where they are multiplied
 
 MEMORY_RULES: dict[str, str] = {
     "parameters": "4 bytes a parameter, prediction modules and router biases included: float32 master weights",
@@ -26,14 +26,15 @@ MEMORY_RULES: dict[str, str] = {
 }
 
 
-def memory_bytes(config: RunConfig) -> dict[str, int]:
-    """Bytes of a training step by the keys of `MEMORY_RULES`, over the whole mesh."""
+def memory_bytes(config: RunConfig, flash: bool = False) -> dict[str, int]:
+    """Bytes of a training step by the keys of `MEMORY_RULES`, over the whole mesh; with `flash` attention kernels
+    layers without softcap, ALiBi, chunks or blocks hold no scores. `remat: auto` counts as full."""
     train = config.train
     state = training_state_bytes(config.model, config.optimizer.kind)
     microbatch = train.batch_size // train.grad_accumulation * train.seq_len
     result = state | {
         "gradients": state["gradients"] * (1 if train.grad_accumulation == 1 else 2),
-        "activations": microbatch * _activation_bytes_per_token(config.model, train),
+        "activations": microbatch * _activation_bytes_per_token(config.model, train, flash),
         "logits": 2 * _F32 * config.model.vocab_size * min(train.loss_chunk or microbatch, microbatch),
     }
     return result | {"total": sum(result.values())}
@@ -60,7 +61,7 @@ def _moments(leaf: Leaf, optimizer: str) -> int:
     return leaf.size
 
 
-def _activation_bytes_per_token(model: ModelConfig, train: TrainConfig) -> int:
+def _activation_bytes_per_token(model: ModelConfig, train: TrainConfig, flash: bool) -> int:
     """Bytes per token of the microbatch: what is kept of every layer, and the scratch of the unit at work.
 
     Rematerialization works on units (the body of the scan over layers), so their inputs are what is kept.
@@ -68,10 +69,12 @@ def _activation_bytes_per_token(model: ModelConfig, train: TrainConfig) -> int:
     d, carry, operand = model.d_model, _BYTES[train.activation_dtype], _BYTES[train.compute_dtype]
     kept, scratch = 0, 0
     for repeat, unit in model.blocks:
-        whole = sum(_block_bytes(block, d, train.seq_len, carry, operand) for block in unit)
-        scores = max(2 * _F32 * _scores(block.attention) * train.seq_len for block in unit)
+        keys = [0 if flash and _flash_covers(block) else train.seq_len for block in unit]
+        whole = sum(_block_bytes(block, d, k, carry, operand) for block, k in zip(unit, keys, strict=True))
+        scores = max(2 * _F32 * _scores(block.attention) * k for block, k in zip(unit, keys, strict=True))
         matmuls = operand * sum(_matmul_width(block, d) for block in unit)
-        kept += repeat * {"none": whole, "dots": carry * d + matmuls, "full": carry * d}[train.remat]
+        inputs = carry * d
+        kept += repeat * {"none": whole, "dots": inputs + matmuls, "full": inputs, "auto": inputs}[train.remat]
         scratch = max(scratch, scores + (0 if train.remat == "none" else whole))
     if model.mtp:  # the modules are not scanned: each keeps its two inputs, their projection and all of its block
         kept += model.mtp * (4 * carry * d + _block_bytes(model.layers[-1], d, train.seq_len, carry, operand))
@@ -83,14 +86,21 @@ def _scores(a: Attention) -> int:
     return a.heads + (a.indexer.heads if isinstance(a, LatentAttention) and a.indexer else 0)
 
 
-def _block_bytes(block: Block, d: int, seq_len: int, carry: int, operand: int) -> int:
+def _flash_covers(block: Block) -> bool:
+    """Whether a flash kernel may serve the layer (llamax/model/flash.py)."""
+    a = block.attention
+    plain = not isinstance(a, LatentAttention) and a.softcap is None and a.chunk is None and a.block_sparse is None
+    return plain and block.position.kind != "alibi"
+
+
+def _block_bytes(block: Block, d: int, keys: int, carry: int, operand: int) -> int:
     """The intermediates of one block, per token: residual stream and norms, queries, keys and values, attention
-    weights (no flash kernel: all `seq_len` keys, and the slope of a softcap), attention output, MLP and branch."""
+    weights over `keys` keys and the slope of a softcap, attention output, MLP and branch."""
     a = block.attention
     sublayers = (4 if block.placement == "sandwich" else 2) + (block.branch is not None)
     residual = carry * d * (2 + sublayers)
     softcap = not isinstance(a, LatentAttention) and a.softcap is not None
-    weights = a.heads * seq_len * (operand + (_F32 if softcap else 0))
+    weights = a.heads * keys * (operand + (_F32 if softcap else 0))
     mixture = 0 if block.branch is None else _mlp_width(block.branch, d)
     widths = _attention_width(a) + a.heads * a.value_dim + d + _mlp_width(block.mlp, d) + mixture
     return residual + weights + operand * widths

@@ -214,13 +214,17 @@ class Schedule(Frozen):
 # ---------------------------------------------------------------- mesh, train, checkpoint, log
 class MeshConfig(Frozen):
     """Devices along each mesh axis; -1 on one axis takes all that the others leave. `rules` names a preset in
-    configs/meshes."""
+    configs/meshes.
+
+    `kernels`: auto takes the devices' own attention kernel wherever it covers a layer, none the reference everywhere.
+    """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
     expert: int = 1
     rules: str = "default"
+    kernels: Literal["auto", "none"] = "auto"
 
     @model_validator(mode="after")
     def _sizes(self) -> MeshConfig:
@@ -237,6 +241,9 @@ class TrainConfig(Frozen):
 
     `batch_size` counts sequences of `seq_len` tokens over the whole mesh. Weights are float32; `compute_dtype` is the
     operand type of matrix products (accumulated in float32), `activation_dtype` that of the residual stream.
+    float8 (e4m3 forward, e5m2 for gradients of outputs, scaled by the largest entry of each array) is for the weight
+    matrices of dense layers alone; head, router, experts and attention then multiply in bfloat16. `remat` is what the
+    backward pass computes again (none, all but weight products, all); auto: the least that fits the devices' memory.
     `loss_chunk` is the number of tokens whose logits exist at once (null: all). `unroll_layers` replaces the scan over
     layers by straight code (null: where all devices are CPUs and the layers at most 8; the same sums in another order,
     and faster there). `on_divergence` acts on a loss that is not finite or above
@@ -256,11 +263,11 @@ class TrainConfig(Frozen):
     tokens_per_param: PositiveFloat | None = None
     flops: PositiveFloat | None = None
     seed: NonNegativeInt = 0
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16", "float8"] = "float32"
     activation_dtype: Literal["float32", "bfloat16"] = "float32"
     grad_accumulation: PositiveInt = 1
     steps_per_dispatch: PositiveInt = 10
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "full", "auto"] = "none"
     unroll_layers: bool | None = None
     loss_chunk: PositiveInt | None = None
     z_loss: NonNegativeFloat = 0.0

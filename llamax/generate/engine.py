@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from llamax.config.rotary import RopeLongrope
 from llamax.errors import UserError
 from llamax.generate.sampling import Rows, Sampling, rows_of, sample
+from llamax.generate.serving import for_serving
 from llamax.mesh.rules import Rules, batch_ways, load_rules, shardings, spec_of
 from llamax.model.cache import Cache, init_cache, map_cache
 from llamax.model.execution import Execution
@@ -56,7 +57,8 @@ class Timings(NamedTuple):
 
 
 class Engine:
-    """A model ready to generate, its arrays placed on `mesh` by the mesh `rules` (default: where they are).
+    """A model ready to generate (see `for_serving`), its arrays placed on `mesh` by the mesh `rules` (default: where
+    they are).
 
     Batch, prompt width and capacity are rounded up, so that prompts of any length share a few compiled programs.
     """
@@ -68,9 +70,10 @@ class Engine:
         rules: Rules | None = None,
         execution: Execution = Execution(),
     ):
-        self.config, self.execution = model.config, execution
         self.rules = load_rules("default") if rules is None else rules
         self.mesh = mesh if mesh is not None else _mesh_of(model)
+        model = for_serving(model, execution)
+        self.config, self.execution = model.config, execution
         self.model = model if mesh is None else jax.device_put(model, shardings(model, model, self.rules, mesh))
         self._programs: dict[Any, Any] = {}
         self._compile_seconds = 0.0

@@ -7,10 +7,13 @@ import os
 import jax
 
 from llamax.config.files import cache_dir
+from llamax.mesh.flags import set_flags
 
 
 def start() -> None:
-    """Turn on the persistent compilation cache, unless JAX has one already or LLAMAX_COMPILATION_CACHE=0."""
+    """Set the compiler flags of the platform (flags.py), and turn on the persistent compilation cache, unless JAX has
+    one already or LLAMAX_COMPILATION_CACHE=0."""
+    set_flags()
     if os.environ.get("LLAMAX_COMPILATION_CACHE") == "0" or jax.config.values["jax_compilation_cache_dir"]:
         return
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))

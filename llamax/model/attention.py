@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from llamax.config.components import BlockSparse, GroupedQueryAttention, Init, Position, Rope
 from llamax.model.cache import KeyValues, Slot, Step, extend
 from llamax.model.execution import Execution
+from llamax.model.flash import COVERS, covering
 from llamax.model.linear import contract, parameter, weight
 from llamax.model.norm import Normalize
 from llamax.model.position import alibi_slopes, logit_scale, query_temperature, rotate
@@ -209,6 +210,23 @@ def _over_queries(weights: Array, x: Array, compute: str) -> Array:
 attend.defvjp(_attend_forward, _attend_backward)
 
 
+def attention(
+    q: Float[Array, "batch queries heads head_dim"],
+    k: Float[Array, "batch keys kv_heads head_dim"],
+    v: Float[Array, "batch keys kv_heads value_dim"],
+    sight: Sight,
+    logits: Logits,
+    execution: Execution,
+) -> Float[Array, "batch queries heads value_dim"]:
+    """`attend` by a kernel of `execution.kernels` where one covers the call, else by the rules above."""
+    asked = {name: value for part in (logits, sight) for name, value in part._asdict().items() if value is not None}
+    scale = asked.pop("scale")
+    kernel = covering(execution.kernels, set(asked), execution.plain, q.shape, k.shape, v.shape)
+    if kernel is None:
+        return attend(q, k, v, sight, logits, execution.plain)
+    return COVERS[kernel].run(q, k, v, scale=scale, dtype=execution.plain, **asked)
+
+
 class SelfAttention(nnx.Module):
     """Grouped-query attention with its projections (arXiv:1706.03762, 2305.13245); the config says the rest."""
 
@@ -259,7 +277,7 @@ class SelfAttention(nnx.Module):
     ) -> tuple[Float[Array, "batch seq d_model"], Statistics]:
         """(attention output before it joins the residual stream, no statistics); `table`: the rotary table or None."""
         q, k, v = self._project(x, table, jnp.arange(x.shape[1]), execution)
-        return self._out(attend(q, k, v, Sight(segments=segments), self.logits, execution.compute), execution), {}
+        return self._out(attention(q, k, v, Sight(segments=segments), self.logits, execution), execution), {}
 
     def decode(
         self,
@@ -273,7 +291,7 @@ class SelfAttention(nnx.Module):
         q, k, v = self._project(x, table, step.positions, execution)
         written, seen, positions = extend(cache, KeyValues(k, v), step)
         sight = Sight(step.positions, positions)
-        return self._out(attend(q, seen.key, seen.value, sight, self.logits, execution.compute), execution), written
+        return self._out(attend(q, seen.key, seen.value, sight, self.logits, execution.plain), execution), written
 
     def _project(
         self, x: Array, table: Array | None, positions: Array, execution: Execution

@@ -16,14 +16,21 @@ class Execution(NamedTuple):
 
     `compute` is the operand type of matrix products (accumulated in float32), `activation` the type of the residual
     stream, `remat` what the backward pass recomputes, `unroll` straight code in place of the scan over layers,
-    `residual` the sharding the residual stream [batch, seq, d_model] is held to.
+    `residual` the sharding the residual stream [batch, seq, d_model] is held to, `kernels` the names of those in
+    kernels.py that may stand in for a reference.
     """
 
-    compute: Literal["float32", "bfloat16"] = "float32"
+    compute: Literal["float32", "bfloat16", "float8"] = "float32"
     activation: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
     unroll: bool = False
     residual: NamedSharding | None = None
+    kernels: tuple[str, ...] = ()
+
+    @property
+    def plain(self) -> Literal["float32", "bfloat16"]:
+        """The operand type of the products that `compute=float8` leaves in bfloat16: attention, head, experts."""
+        return "bfloat16" if self.compute == "float8" else self.compute
 
     @property
     def activation_dtype(self) -> jnp.dtype:

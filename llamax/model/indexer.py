@@ -57,7 +57,7 @@ class Indexer(nnx.Module):
         x, latent = jax.lax.stop_gradient((x, latent))
         q = self._rotate(contract(latent, self.query[...], 1, execution.compute), table)
         w = contract(x.astype(jnp.float32), self.weights[...], 1, execution.compute) * self.config.heads**-0.5
-        dtype = jnp.dtype(execution.compute)
+        dtype = jnp.dtype(execution.plain)
         products = jnp.einsum("bthd,bsd->bths", q.astype(dtype), keys.astype(dtype), preferred_element_type=jnp.float32)
         return jnp.einsum("bths,bth->bts", jax.nn.relu(products * self.config.head_dim**-0.5), w)
 

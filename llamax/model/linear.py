@@ -53,25 +53,61 @@ DOT = "dot"  # the name under which products are kept by remat=dots; a policy ca
 def contract(x: Array, w: Array, inputs: int, compute: str) -> Array:
     """x [..., I...] times w [I..., O...] over the `inputs` axes I: [..., O...] in x's dtype.
 
-    Operands are cast to `compute`, products accumulate in float32. The backward pass does the same, which autodiff of
-    a mixed-precision product would not: it would multiply float32 cotangents.
+    Operands are cast to `compute` (float8: see `quantize`, e5m2 for what comes back), products accumulate in float32.
+    The backward pass does the same, which autodiff of a mixed-precision product would not: it would multiply float32
+    cotangents.
     """
     return checkpoint_name(_contract(x, w, inputs, compute), DOT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _contract(x: Array, w: Array, inputs: int, compute: str) -> Array:
-    return _dot(x, w, inputs, compute).astype(x.dtype)
-
-
-def _dot(x: Array, w: Array, inputs: int, compute: str) -> Array:
     dims = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
-    return _general(x, w, dims, compute)
+    return _general(x, w, dims, compute, x.dtype)
 
 
-def _general(a: Array, b: Array, dims: tuple[tuple[int, ...], tuple[int, ...]], compute: str) -> Array:
-    dtype = jnp.dtype(compute)
-    return jax.lax.dot_general(a.astype(dtype), b.astype(dtype), (dims, ((), ())), preferred_element_type=jnp.float32)
+E4M3, E5M2 = "float8_e4m3fn", "float8_e5m2"  # three bits of fraction, or two and a wider range
+
+
+Contracted = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def _general(
+    a: Array, b: Array, dims: Contracted, compute: str, out: jnp.dtype, formats: tuple[str, str] = (E4M3, E4M3)
+) -> Array:
+    """The product of a and b over `dims` in dtype `out`; `formats` are the operands' under compute=float8."""
+    if compute == "float8":
+        (a, scale_a), (b, scale_b) = quantize(a, formats[0]), quantize(b, formats[1])
+        return dot(a, b, (dims, ((), ())), out) * (scale_a * scale_b).astype(out)  # exact: a power of two
+    return dot(a.astype(compute), b.astype(compute), (dims, ((), ())), out)
+
+
+def dot(a: Array, b: Array, dims: tuple[Contracted, Contracted], out: jnp.dtype) -> Array:
+    """`dot_general` with sums in float32, rounded once to `out`.
+
+    Accelerators sum in float32 whatever type a result has, and a float32 result would be written and read once more;
+    CPUs have their fast path, and exact sums, for float32 results only.
+    """
+
+    def wide(a: Array, b: Array) -> Array:
+        return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32).astype(out)
+
+    def direct(a: Array, b: Array) -> Array:
+        return jax.lax.dot_general(a, b, dims, preferred_element_type=out)
+
+    if jnp.float32 in (jnp.dtype(out), a.dtype):
+        return wide(a, b)
+    return jax.lax.platform_dependent(a, b, cpu=wide, default=direct)
+
+
+def quantize(x: Float[Array, "*shape"], dtype: str) -> tuple[Float[Array, "*shape"], Float[Array, ""]]:
+    """(x / scale rounded to a float8 format, scale): the power of two that puts the largest entry between half the
+    format's largest number and all of it (current scaling per array, arXiv:2209.05433, section 3; a power of two, so
+    that scaling back rounds nothing)."""
+    largest = jnp.max(jnp.abs(x)).astype(jnp.float32)
+    _, exponent = jnp.frexp(jnp.where(largest > 0, largest, 1.0) / float(jnp.finfo(dtype).max))
+    scale = jnp.where(largest > 0, jnp.ldexp(jnp.float32(1.0), exponent), 1.0)
+    return (x.astype(jnp.float32) / scale).astype(dtype), scale
 
 
 def _forward(x: Array, w: Array, inputs: int, compute: str) -> tuple[Array, tuple[Array, Array]]:
@@ -81,9 +117,11 @@ def _forward(x: Array, w: Array, inputs: int, compute: str) -> tuple[Array, tupl
 def _backward(inputs: int, compute: str, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, w = saved
     outputs, batch = w.ndim - inputs, x.ndim - inputs
-    dx = _general(g, w, (tuple(range(batch, batch + outputs)), tuple(range(inputs, w.ndim))), compute)
-    dw = _general(x, g, (tuple(range(batch)), tuple(range(batch))), compute)
-    return dx.astype(x.dtype), dw.astype(w.dtype)
+    dx = _general(
+        g, w, (tuple(range(batch, batch + outputs)), tuple(range(inputs, w.ndim))), compute, x.dtype, (E5M2, E4M3)
+    )
+    dw = _general(x, g, (tuple(range(batch)), tuple(range(batch))), compute, w.dtype, (E4M3, E5M2))
+    return dx, dw
 
 
 _contract.defvjp(_forward, _backward)

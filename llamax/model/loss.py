@@ -199,5 +199,5 @@ def head_loss(
     bias = model.head_bias[...] if head.bias else None
     chunk = chunk_length(x.shape[1], x.shape[0], loss_chunk)
     return cross_entropy(
-        x, model.head_weight, bias, targets, weights, z_loss, head.softcap, chunk, execution.compute, head.scale
+        x, model.head_weight, bias, targets, weights, z_loss, head.softcap, chunk, execution.plain, head.scale
     )

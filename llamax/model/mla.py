@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from llamax.config.components import Init, LatentAttention, Position, Rope
-from llamax.model.attention import Logits, Sight, attend, visible, whole
+from llamax.model.attention import Logits, Sight, attend, attention, visible, whole
 from llamax.model.cache import Latents, Slot, Step, extend
 from llamax.model.execution import Execution
 from llamax.model.indexer import Indexer, choose, divergence, selection
@@ -76,9 +76,9 @@ class MultiHeadLatentAttention(nnx.Module):
             index = self.indexer.scores(x, read, self.indexer.keys(x, table, execution), table, execution)
             keep, _ = visible(whole(x.shape[1], x.shape[1]), sight)
             selected = selection(index, keep, self.config.indexer.top_k)
-            statistics["indexer"] = divergence(q, k, index, selected, self.logits.scale, execution.compute)
+            statistics["indexer"] = divergence(q, k, index, selected, self.logits.scale, execution.plain)
             sight = sight._replace(selected=selected)
-        y = attend(q, k, v, sight, self.logits, execution.compute)
+        y = attention(q, k, v, sight, self.logits, execution)
         return contract(y, self.out[...], 2, execution.compute), statistics
 
     def decode(
@@ -108,12 +108,12 @@ class MultiHeadLatentAttention(nnx.Module):
             y = self._absorbed(nope, rope, latents, sight, execution)
         else:
             k, v = self._keys(latents.astype(x.dtype), execution)
-            y = attend(jnp.concatenate([nope, rope], -1), k, v, sight, self.logits, execution.compute)
+            y = attend(jnp.concatenate([nope, rope], -1), k, v, sight, self.logits, execution.plain)
         return contract(y, self.out[...], 2, execution.compute), written
 
     def _absorbed(self, nope: Array, rope: Array, latents: Array, sight: Sight, execution: Execution) -> Array:
         """Attention to `latents` [batch, keys, kv_rank + rope_dim] themselves: [batch, queries, heads, value_dim]."""
-        dtype, rank = jnp.dtype(execution.compute), self.config.kv_rank
+        dtype, rank = jnp.dtype(execution.plain), self.config.kv_rank
         up = self.kv_up[...].astype(dtype)
         w_uk, w_uv = up[..., : self.config.nope_dim], up[..., self.config.nope_dim :]
 
@@ -122,7 +122,7 @@ class MultiHeadLatentAttention(nnx.Module):
 
         q = jnp.concatenate([product("bthn,rhn->bthr", nope, w_uk), rope], -1)
         shared = latents[:, :, None]
-        y = attend(q, shared, shared, sight, self.logits, execution.compute)[..., :rank]  # the rotary part has no value
+        y = attend(q, shared, shared, sight, self.logits, execution.plain)[..., :rank]  # the rotary part has no value
         return product("bthr,rhv->bthv", y, w_uv)
 
     def _queries(self, x: Array, table: Array | None, execution: Execution) -> tuple[Array, Array, Array]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from llamax.config.components import Init, MoeMlp
+from llamax.model.dispatch import Round, batched, collect, in_rounds, layout_of, spread
 from llamax.model.execution import Execution
-from llamax.model.linear import contract, parameter, weight
+from llamax.model.linear import DOT, contract, parameter, weight
 from llamax.model.mlp import FeedForward, activate
 from llamax.model.router import Choice, load, route, router_statistics
 from llamax.model.statistics import LOAD, Statistics
 
 
 class MixtureOfExperts(nnx.Module):
-    """Top-k of E feed-forward experts through grouped matmuls, plus an optional shared expert."""
+    """Top-k of E feed-forward experts through batched products (dispatch.py), plus an optional shared expert."""
 
     def __init__(self, config: MoeMlp, d_model: int, init: Init, gain: Float[Array, ""], *, key: Key[Array, ""]):
         keys = jax.random.split(key, 5)
@@ -60,27 +64,30 @@ class MixtureOfExperts(nnx.Module):
         out = self.shared(x, execution)
         if not self.config.shared_gate:
             return out
-        return jax.nn.sigmoid(contract(x, self.shared_gate[...], 1, execution.compute)) * out
+        return jax.nn.sigmoid(contract(x, self.shared_gate[...], 1, execution.plain)) * out
 
     def _experts(self, tokens: Array, choice: Choice, execution: Execution) -> Array:
-        """Sum of the chosen experts' outputs: picks sorted by expert, one ragged product a matrix, scattered back."""
-        k, experts = self.config.top_k, self.config.experts
-        picks = choice.experts.reshape(-1)
-        order = jnp.argsort(picks, stable=True)
-        sizes = jnp.bincount(picks, length=experts).astype(jnp.int32)
-        weights = choice.weights.reshape(-1)[order][:, None]
-        dtype = jnp.dtype(execution.compute)
+        """Sum of the chosen experts' outputs, each times its weight."""
+        names = ("up", "down", "gate") if self.config.expert.gated else ("up", "down")
+        matrices = {name: getattr(self, name)[...] for name in names}
+        layout = layout_of(choice.experts, self.config.experts)
+        one = functools.partial(_one_round, self.config, execution.plain)
+        return in_rounds(one, (tokens, choice.weights, matrices), layout).astype(tokens.dtype)
 
-        def grouped(rows: Array, w: nnx.Param) -> Array:
-            return jax.lax.ragged_dot(
-                rows.astype(dtype), w[...].astype(dtype), sizes, preferred_element_type=jnp.float32
-            )
 
-        rows = tokens[order // k]
-        if self.config.router.weigh == "input":
-            rows = (rows * weights).astype(tokens.dtype)
-        gate = grouped(rows, self.gate) if self.config.expert.gated else None
-        out = grouped(activate(self.config.expert, grouped(rows, self.up), gate), self.down)
-        if self.config.router.weigh == "output":
-            out = out * weights
-        return jnp.zeros(tokens.shape, jnp.float32).at[order // k].add(out).astype(tokens.dtype)
+def _one_round(config: MoeMlp, compute: str, operands: tuple[Array, Array, dict[str, Array]], moves: Round) -> Array:
+    """What the picks of one round add to the output [tokens, d_model], in float32."""
+    tokens, weights, matrices = operands
+
+    def product(rows: Array, name: str) -> Array:
+        return checkpoint_name(batched(rows, matrices[name], compute), DOT)
+
+    rows = spread(tokens, moves)
+    if config.router.weigh == "input":
+        rows = (rows * spread(weights.reshape(-1, 1), moves)).astype(tokens.dtype)
+    rows = rows.reshape(config.experts, -1, tokens.shape[-1])
+    gate = product(rows, "gate") if config.expert.gated else None
+    out = product(activate(config.expert, product(rows, "up"), gate), "down")
+    picked = collect(out.reshape(-1, tokens.shape[-1]), moves).reshape(*weights.shape, -1)
+    scales = weights if config.router.weigh == "output" else jnp.ones_like(weights)
+    return jnp.sum(picked * scales[..., None], axis=1, dtype=jnp.float32)

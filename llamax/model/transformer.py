@@ -151,7 +151,7 @@ class Transformer(nnx.Module):
     ) -> Float[Array, "batch seq vocab"]:
         """Logits in float32 of the normed stream: (x head + bias) scale, then the cap."""
         head = self.config.head
-        logits = contract(x.astype(jnp.float32), self.head_weight, 1, execution.compute)
+        logits = contract(x.astype(jnp.float32), self.head_weight, 1, execution.plain)
         logits = logits + self.head_bias[...] if head.bias else logits
         logits = logits * head.scale if head.scale is not None else logits
         return logits if head.softcap is None else head.softcap * jnp.tanh(logits / head.softcap)

@@ -28,6 +28,7 @@ from llamax.mesh.start import start
 from llamax.train.checkpoints import Checkpoints
 from llamax.train.evaluate import evaluate
 from llamax.train.progress import Progress
+from llamax.train.remat import rematerialization
 from llamax.train.rows import plain
 from llamax.train.run_dir import Run, open_run
 from llamax.train.setup import load_dispatch, set_up
@@ -125,6 +126,8 @@ class _Session:
 
     def _compile(self, state: TrainState) -> Dispatch:
         """The dispatch compiled ahead of time, so that its seconds never count as training."""
+        if self.config.train.remat == "auto":
+            print(f"note: {rematerialization(self.config, self.mesh)[1]}", file=sys.stderr)
         example = self._load(0)
         lowered = make_dispatch(self.config, self.rules, self.mesh, self.abstract).lower(state, example, jnp.int32(0))  # type: ignore[attr-defined]
         return lowered.compile()

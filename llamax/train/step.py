@@ -14,10 +14,12 @@ from jaxtyping import Array, Float, Int
 from llamax.config.run import RunConfig
 from llamax.mesh.rules import Rules, batch_sharding
 from llamax.model.execution import Execution
+from llamax.model.kernels import host_of, kernels_for
 from llamax.model.loss import target_weights, training_losses
 from llamax.model.transformer import Transformer
 from llamax.train.balance import move_biases, split_loads
 from llamax.train.optimizer import keep_if, make_optimizer
+from llamax.train.remat import rematerialization
 from llamax.train.schedule import learning_rate
 from llamax.train.state import TrainState
 
@@ -47,9 +49,10 @@ def execution_of(config: RunConfig, rules: Rules, mesh: Mesh) -> Execution:
     return Execution(
         compute=train.compute_dtype,
         activation=train.activation_dtype,
-        remat=train.remat,
+        remat=rematerialization(config, mesh)[0],
         unroll=short if train.unroll_layers is None else train.unroll_layers,
         residual=batch_sharding(rules, mesh) if mesh.size > 1 else None,
+        kernels=kernels_for(host_of(mesh.devices.flat), config.mesh.kernels),
     )
 
 

@@ -26,7 +26,7 @@ BAD = {
     "train.steps=2.5": ["train.steps = 2.5", "valid integer"],
     "train.steps='3'": ["train.steps = '3'", "valid integer"],
     "train.unroll_layers=1": ["train.unroll_layers = 1", "valid boolean"],
-    "train.remat=half": ["train.remat = 'half'", "'none', 'dots' or 'full'"],
+    "train.remat=half": ["train.remat = 'half'", "'none', 'dots', 'full' or 'auto'"],
     "train.batch_size=0": ["train.batch_size = 0", "greater than 0"],
     "train=5": ["train = 5", "mapping of fields"],
     "data.tokenizer=bytes": ["data.tokenizer = 'bytes'", "for example {kind: bytes}"],

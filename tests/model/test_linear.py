@@ -62,6 +62,15 @@ def test_bfloat16_products_accumulate_in_float32(name: str, activation: str) -> 
         np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=tolerance, atol=2e-6)
 
 
+@pytest.mark.parametrize(("platform", "result"), [("cpu", "f32"), ("cuda", "bf16"), ("tpu", "bf16")])
+def test_narrow_results_are_written_narrow_on_accelerators(platform: str, result: str) -> None:
+    x, w = jnp.ones((4, 8), jnp.bfloat16), jnp.ones((8, 6), jnp.float32)
+    traced = jax.jit(lambda x, w: contract(x, w, 1, "bfloat16")).trace(x, w)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    (line,) = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert f"(tensor<4x8xbf16>, tensor<8x6xbf16>) -> tensor<4x6x{result}>" in line
+
+
 @pytest.mark.parametrize("shape", [(64, 16, 16), (256, 64)])
 def test_std_of_a_normal_matrix(shape: tuple[int, ...]) -> None:
     w = weight(jax.random.key(0), shape, ("embed",) * len(shape), Init(std=0.05))[...]

@@ -1,0 +1,167 @@
+"""Rows to experts and back: a fixed number of slots an expert, in as many rounds as the fullest expert needs.
+
+Batched products [experts, slots, width] are what matrix units like, but loads vary. So each expert gets a little more
+than its even share of slots in a first round, which is straight code, and a loop of smaller rounds serves what is left:
+usually nothing. No pick is ever dropped. Moving rows is a gather in both directions, forward and backward.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from llamax.model.linear import Contracted, dot
+
+SLACK = 1.125  # slots of the first round over the even share
+LEAST = 8  # slots a round, at least
+
+
+class Layout(NamedTuple):
+    """Picks (token t's j-th choice is pick t k + j) sorted by expert.
+
+    `order`: the pick at each sorted position; `rank`: each pick's place among its expert's; `starts` and `sizes`: where
+    an expert's picks start and how many they are.
+    """
+
+    order: Int[Array, " picks"]
+    experts: Int[Array, " picks"]
+    rank: Int[Array, " picks"]
+    starts: Int[Array, " experts"]
+    sizes: Int[Array, " experts"]
+
+
+def layout_of(chosen: Int[Array, "tokens top_k"], experts: int) -> Layout:
+    """One stable sort and its inverse."""
+    picks = chosen.reshape(-1)
+    order = jnp.argsort(picks, stable=True).astype(jnp.int32)
+    place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=jnp.int32), unique_indices=True)
+    sizes = jnp.sum(picks[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
+    starts = jnp.cumsum(sizes) - sizes
+    return Layout(order, picks, place - starts[picks], starts, sizes)
+
+
+def widths(picks: int, experts: int) -> tuple[int, int]:
+    """(slots an expert in the first round, and in each later one)."""
+    even = -(-int(SLACK * picks) // experts)
+    first = min(-(-even // LEAST) * LEAST, picks)
+    return first, max(LEAST, first // 4)
+
+
+class Round(NamedTuple):
+    """Slots [experts x width] that hold each expert's picks from the `first` on, as indices both ways.
+
+    `pick` of a slot, `filled` where the slot has one; `slot` of a pick, `here` where the pick is in this round.
+    """
+
+    pick: Int[Array, " slots"]
+    filled: Array
+    slot: Int[Array, " picks"]
+    here: Array
+
+
+def round_of(layout: Layout, first: Array | int, width: int) -> Round:
+    """The round of `width` slots an expert that starts at each expert's pick number `first`."""
+    place = jnp.arange(width) + first
+    position = layout.starts[:, None] + place
+    pick = layout.order[jnp.minimum(position, layout.order.size - 1)].reshape(-1)
+    slot = layout.experts * width + layout.rank - first
+    here = (layout.rank >= first) & (layout.rank < first + width)
+    return Round(pick, (place < layout.sizes[:, None]).reshape(-1), jnp.where(here, slot, 0), here)
+
+
+@jax.custom_vjp
+def spread(rows: Float[Array, "rows width"], moves: Round) -> Float[Array, "slots width"]:
+    """Into every slot the row of its pick; row r has the picks r k .. r k + k - 1. Empty slots hold some other row."""
+    return rows[moves.pick // (moves.slot.size // rows.shape[0])]
+
+
+@jax.custom_vjp
+def collect(slots: Float[Array, "slots width"], moves: Round) -> Float[Array, "picks width"]:
+    """What the slot of every pick holds; 0 for picks of other rounds."""
+    return jnp.where(moves.here[:, None], slots[moves.slot], 0)
+
+
+def _spread_backward(saved: tuple[Round, int], g: Array) -> tuple[Array, None]:
+    moves, rows = saved
+    picks = jnp.where(moves.here[:, None], g[moves.slot], 0).reshape(rows, -1, g.shape[-1])
+    return picks.sum(1, dtype=jnp.float32).astype(g.dtype), None
+
+
+def _collect_backward(moves: Round, g: Array) -> tuple[Array, None]:
+    return jnp.where(moves.filled[:, None], g[moves.pick], 0), None
+
+
+spread.defvjp(lambda rows, moves: (spread(rows, moves), (moves, rows.shape[0])), _spread_backward)
+collect.defvjp(lambda slots, moves: (collect(slots, moves), moves), _collect_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def batched(
+    x: Float[Array, "experts slots inputs"], w: Float[Array, "experts inputs outputs"], compute: str
+) -> Float[Array, "experts slots outputs"]:
+    """x w by expert in x's dtype, operands in `compute` and sums in float32, backward too (see `linear.contract`)."""
+    return _product(x, w, ((2,), (1,)), compute, x.dtype)
+
+
+def _product(a: Array, b: Array, contracted: Contracted, compute: str, out: jnp.dtype) -> Array:
+    return dot(a.astype(compute), b.astype(compute), (contracted, ((0,), (0,))), out)
+
+
+def _batched_backward(compute: str, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = saved
+    return _product(g, w, ((2,), (2,)), compute, x.dtype), _product(x, g, ((1,), (1,)), compute, w.dtype)
+
+
+batched.defvjp(lambda x, w, compute: (batched(x, w, compute), (x, w)), _batched_backward)
+
+
+# ---------------------------------------------------------------- rounds
+OneRound = Callable[[Any, Round], Array]  # (operands, moves) -> its part of the sum
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def in_rounds(one: OneRound, operands: Any, layout: Layout) -> Array:
+    """The sum of one(operands, round) over the rounds that serve every pick of `layout`.
+
+    `one` closes over no array. The loop's later rounds are computed again in the backward pass, as reverse mode cannot
+    go through a loop whose length is data.
+    """
+    first, _ = widths(layout.order.size, layout.sizes.size)
+    return _rest(lambda moves: one(operands, moves), one(operands, round_of(layout, 0, first)), layout)
+
+
+def _rest(part: Callable[[Round], Any], total: Any, layout: Layout) -> Any:
+    first, width = widths(layout.order.size, layout.sizes.size)
+    if first >= layout.order.size:
+        return total
+    fullest = layout.sizes.max()
+
+    def step(carry: tuple[Array, Any]) -> tuple[Array, Any]:
+        start, total = carry
+        return start + width, jax.tree.map(jnp.add, total, part(round_of(layout, start, width)))
+
+    return jax.lax.while_loop(lambda carry: carry[0] < fullest, step, (jnp.int32(first), total))[1]
+
+
+def _rounds_forward(one: OneRound, operands: Any, layout: Layout) -> tuple[Array, Any]:
+    first, _ = widths(layout.order.size, layout.sizes.size)
+    moves = round_of(layout, 0, first)
+    total, pull = jax.vjp(lambda operands: one(operands, moves), operands)
+    return _rest(lambda moves: one(operands, moves), total, layout), (pull, operands, layout)
+
+
+def _rounds_backward(one: OneRound, saved: Any, g: Array) -> tuple[Any, None]:
+    pull, operands, layout = saved
+
+    def part(moves: Round) -> Any:
+        return jax.vjp(lambda operands: one(operands, moves), operands)[1](g)[0]
+
+    return _rest(part, pull(g)[0], layout), None
+
+
+in_rounds.defvjp(_rounds_forward, _rounds_backward)

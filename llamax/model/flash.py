@@ -1,0 +1,113 @@
+"""Attention kernels that never hold the scores, for calls they cover; `attention.attend` is what they compute.
+
+They read their operands in `dtype` and accumulate in float32; results come back in the queries' dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+from jaxtyping import Array, Float, Int
+
+Shape = tuple[int, ...]
+
+
+def cudnn(
+    q: Float[Array, "batch seq heads head_dim"],
+    k: Float[Array, "batch seq kv_heads head_dim"],
+    v: Float[Array, "batch seq kv_heads head_dim"],
+    *,
+    scale: float,
+    dtype: str,
+    window: int | None = None,
+    segments: Int[Array, "batch seq"] | None = None,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Float[Array, "batch seq heads head_dim"]:
+    """cuDNN's flash attention. It has no notion of documents: `segments` become a mask [batch, 1, seq, seq] that it
+    reads, beside the causal blocks that it skips. `implementation="xla"` runs the same call anywhere, for tests."""
+    mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
+    out = jax.nn.dot_product_attention(
+        q.astype(dtype),
+        k.astype(dtype),
+        v.astype(dtype),
+        mask=mask,
+        scale=scale,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),  # how many before the query
+        implementation=implementation,
+    )
+    return out.astype(q.dtype)
+
+
+def splash(
+    q: Float[Array, "batch seq heads head_dim"],
+    k: Float[Array, "batch seq kv_heads head_dim"],
+    v: Float[Array, "batch seq kv_heads head_dim"],
+    *,
+    scale: float,
+    dtype: str,
+    window: int | None = None,
+    softcap: float | None = None,
+    segments: Int[Array, "batch seq"] | None = None,
+    interpret: bool = False,
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Splash attention on a TPU (jax.experimental.pallas.ops.tpu): blocks that a mask empties are never visited."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as library
+
+    batch, seq, heads, dim = q.shape
+    group = heads // k.shape[2]
+    shape = (seq, seq)
+    mask = library.CausalMask(shape) if window is None else library.LocalMask(shape, (window - 1, 0), 0)
+    kernel = library.make_splash_mqa_single_device(
+        library.MultiHeadMask([mask] * group),
+        block_sizes=_splash_blocks(library, seq),
+        attn_logits_soft_cap=softcap,
+        interpret=interpret,
+    )
+    grouped = (q * scale).reshape(batch, seq, k.shape[2], group, dim).transpose(0, 2, 3, 1, 4).astype(dtype)
+    k, v = (a.transpose(0, 2, 1, 3).astype(dtype) for a in (k, v))
+    ids = None if segments is None else library.SegmentIds(segments, segments)
+    heads_of_a_row = jax.vmap(kernel, (0, 0, 0, None))
+    out = jax.vmap(heads_of_a_row, (0, 0, 0, None if ids is None else 0))(grouped, k, v, ids)
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
+
+
+def _splash_blocks(library, seq: int):  # type: ignore[no-untyped-def]
+    block = next(b for b in (512, 256, 128) if seq % b == 0)
+    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
+    return library.BlockSizes(**dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block))
+
+
+class Cover(NamedTuple):
+    """What a kernel computes: with which `features` of a call besides scale and causal order, and which sizes."""
+
+    run: Callable[..., Array]
+    features: frozenset[str]
+    dtypes: tuple[str, ...]
+    head_dim: tuple[int, int]  # a multiple of, at most
+    seq: int  # a multiple of
+
+
+# Sizes: jax/_src/cudnn/fused_attention_stablehlo.py (256 on Hopper, 128 before) and the block sizes of splash.
+COVERS: dict[str, Cover] = {
+    "cudnn": Cover(cudnn, frozenset({"window", "segments"}), ("bfloat16", "float16"), (8, 128), 2),
+    "splash": Cover(splash, frozenset({"window", "softcap", "segments"}), ("bfloat16", "float32"), (128, 256), 128),
+}
+
+
+def covering(
+    kernels: tuple[str, ...], features: set[str], dtype: str, queries: Shape, keys: Shape, values: Shape
+) -> str | None:
+    """The first of `kernels` that computes a call with these features and [batch, seq, heads, width] shapes, or None:
+    the reference does. Named features are the fields of `Logits` and `Sight` that are set."""
+    square = queries[1] == keys[1] and queries[3] == values[3] == keys[3]
+    for name in kernels:
+        cover = COVERS.get(name)
+        if cover is None or not square or not features <= cover.features or dtype not in cover.dtypes:
+            continue
+        multiple, most = cover.head_dim
+        if queries[3] % multiple == 0 and queries[3] <= most and queries[1] % cover.seq == 0:
+            return name
+    return None
