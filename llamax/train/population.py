@@ -131,20 +131,19 @@ def whole(state: TrainState | Seat) -> TrainState:
     return state.population.take(state.row) if isinstance(state, Seat) else state
 
 
-def population_dispatch(config: RunConfig, execution: Execution, members: Mesh) -> Dispatch:
+def population_dispatch(config: RunConfig, execution: Execution, members: Mesh, batched: bool) -> Dispatch:
     """`updates` of several members: everything has a leading axis [member], cut over the devices of `members`.
 
-    On a device its members run one after the other on a CPU, where batching makes the weight products slower
-    (benchmarks/README.md, "Packed members"), and as one batch on an accelerator. `count` is [member] too: a member
-    whose count is 0, or that has diverged under on_divergence=stop, keeps its state bit for bit.
+    The members of a device run as one batch where `batched`, else one after the other: on a CPU, where batching makes
+    the weight products slower (benchmarks/README.md, "Packed members"). `count` is [member] too: a member with
+    count 0, or that has diverged under on_divergence=stop, keeps its state bit for bit.
     """
     one = updates(config, execution)
-    cpu = members.devices.flat[0].platform == "cpu"
 
     def several(state: TrainState, batches: Batch, counts: Int[Array, " member"]) -> Any:
-        if cpu:
-            return jax.lax.map(lambda member: one(*member), (state, batches, counts))
-        return jax.vmap(one)(state, batches, counts)
+        if batched:
+            return jax.vmap(one)(state, batches, counts)
+        return jax.lax.map(lambda member: one(*member), (state, batches, counts))
 
     spec = PartitionSpec(MEMBER)
     return jax.shard_map(several, mesh=members, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)
@@ -163,7 +162,8 @@ class Population:
         members = Mesh(np.array(devices), (MEMBER,))
         self._alone = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         self._cut = NamedSharding(members, PartitionSpec(MEMBER))
-        dispatch = population_dispatch(config, execution_of(config, rules, mesh), members)
+        batched = devices[0].platform != "cpu"
+        dispatch = population_dispatch(config, execution_of(config, rules, mesh), members, batched)
         self._dispatch = jax.jit(dispatch, donate_argnums=0, out_shardings=self._cut)
         self._stack = jax.jit(lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees))
         self._pick = jax.jit(

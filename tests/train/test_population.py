@@ -84,20 +84,23 @@ SLOW = pytest.mark.slow
     "kind", ["lion", "muon", pytest.param("adafactor", marks=SLOW), pytest.param("sgd", marks=SLOW)]
 )
 def test_every_optimizer_packs(kind: str):
+    """One after the other as on a CPU, and as one batch as on an accelerator."""
     config = run_config(f"optimizer.kind={kind}", "train.steps_per_dispatch=20", "train.steps=20")
     others = [run_config(f"optimizer.lr={lr}", "train.steps=20", f"optimizer.kind={kind}") for lr in (3e-3, 1e-3)]
-    _assert_packs(config, others)
+    for batched in (False, True):
+        _assert_packs(config, others, batched)
 
 
-def _assert_packs(config: RunConfig, others: list[RunConfig], atol: float = 0.0) -> None:
-    """`population_dispatch` over both ways gives the metrics and states of `dispatch` on each."""
+def _assert_packs(config: RunConfig, others: list[RunConfig], batched: bool) -> None:
+    """`population_dispatch` gives the metrics and states of `dispatch` on each."""
     dispatch, state = prepare(config)
     hyper = [hyper_of(each, 20) for each in (config, *others)]
     states = [jax.tree.map(jnp.copy, state.__class__(**{**vars(state), "hyper": h})) for h in hyper]
     batches = [tokens_of(20, config, seed=i) for i in range(len(states))]
     mesh = make_mesh(config.mesh)
     execution = execution_of(config, load_rules("default"), mesh)
-    several = jax.jit(population_dispatch(config, execution, Mesh(np.array(jax.devices()[:1]), ("member",))))
+    members_mesh = Mesh(np.array(jax.devices()[:1]), ("member",))
+    several = jax.jit(population_dispatch(config, execution, members_mesh, batched))
     stack = lambda trees: jax.tree.map(lambda *a: jnp.stack(a), *trees)  # noqa: E731
     found, metrics, ran = several(stack(states), stack(batches), jnp.full(len(states), 20, jnp.int32))
     for i, (own, batch) in enumerate(zip(states, batches, strict=True)):
