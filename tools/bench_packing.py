@@ -97,7 +97,7 @@ def _one_by_one(config: Any, members: int, device: Any) -> Callable[[int], list[
     import jax
     import jax.numpy as jnp
 
-    from llamax.train.loop import share_places
+    from llamax.train.setup import share_places
     from llamax.train.state import hyper_of, initializer
     from llamax.train.step import make_dispatch
 
@@ -129,8 +129,8 @@ def _packed(config: Any, members: int, devices: Sequence[Any]) -> Callable[[int]
     """The same of one population."""
     import jax
 
-    from llamax.train.loop import share_places
     from llamax.train.population import Ask, Population
+    from llamax.train.setup import share_places
     from llamax.train.state import hyper_of, initializer
 
     devices = devices[:members]

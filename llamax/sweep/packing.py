@@ -155,7 +155,7 @@ def _row(n: int, cores: int) -> Measured | None:
 
 
 # ---------------------------------------------------------------- measured: benchmarks/README.md, "Packed members"
-# Ratios of processor time, float32, 2026-11-27, two cores of an AMD server CPU under load (wall times there mean little).
+# Ratios of processor time, float32, 2026-11-27, two cores of an AMD server CPU under load: wall times mean little.
 # More cores than two are taken as two. One core and N above 32,928, and anything above 885,888, were not measured.
 MEASURED = (
     Measured(n=32_928, cores=1, ratio=1.0),
