@@ -18,6 +18,7 @@ from typing import Any
 import llamax.sweep
 from llamax.errors import UserError
 from llamax.sweep.claim import holder
+from llamax.sweep.packing import AUTO, NEVER, Pack
 from llamax.sweep.process import cores, me, share
 from llamax.sweep.status import status
 from llamax.sweep.study import clear_failures, is_finished, read_study, record_failure, select
@@ -34,6 +35,7 @@ class _Worker:
     process: subprocess.Popen[bytes]
     log: Path
     since: int  # bytes of the log that earlier workers wrote
+    packs: bool  # trains populations where the plan says so
 
 
 def run_local(
@@ -46,17 +48,20 @@ def run_local(
     only: Iterable[str] | None = None,
     train: str | None = None,
     report_seconds: float = 0.25,
+    pack: Pack = AUTO,
 ) -> dict[str, Any]:
     """Trains a study with `workers` processes, each pinned to its share of the cores; returns the final `status`.
 
     A worker that dies (kill -9, out of memory) is replaced and its cell resumes; a cell whose workers died `CRASHES`
     times is recorded as failed. A worker that was sent SIGTERM leaves. Ctrl-C and SIGTERM here pass on as SIGTERM, wait
-    up to 10 s, and leave everything resumable.
+    up to 10 s, and leave everything resumable. A worker that dies while it trains a population is replaced by one that
+    trains one by one, so that the cell that kills it is found.
 
     Args:
         threads_per_worker: cores a worker (None: the cores this process may use / workers).
         report: called with `status(study)` every `report_seconds`.
         train: "module:function" in place of llamax's training loop.
+        pack: which cells train together (see packing.py); never with `train`.
 
     Raises:
         UserError: no study, workers < 1, or the workers cannot start (the end of their log is quoted).
@@ -70,7 +75,7 @@ def run_local(
         clear_failures(study, cells)
     arguments = ["--only", ",".join(names)] if names is not None else []
     arguments += ["--train", train] if train is not None else []
-    spawn = _spawner(study, workers, threads_per_worker, arguments)
+    spawn = _spawner(study, workers, threads_per_worker, arguments, NEVER if train is not None else pack)
     left = status(study, names)["left"]
     with _stoppable(), _ended_workers() as running:
         running.extend(spawn(i) for i in range(min(workers, left)))
@@ -80,19 +85,21 @@ def run_local(
             for worker in [w for w in running if w.process.poll() is not None]:
                 running.remove(worker)
                 if worker.process.returncode not in (0, ASKED):
-                    _after_crash(study, worker, crashes)
-                    running.append(spawn(worker.index))
+                    packed = _after_crash(study, worker, crashes)
+                    running.append(spawn(worker.index, not packed and worker.packs))
             if report is not None:
                 report(status(study, names))
     return status(study, names)
 
 
-def _spawner(study: Path, workers: int, threads: int | None, arguments: list[str]) -> Callable[[int], _Worker]:
+def _spawner(
+    study: Path, workers: int, threads: int | None, arguments: list[str], pack: Pack
+) -> Callable[..., _Worker]:
     available = cores()
     package = str(Path(llamax.sweep.__path__[0]).parents[1])
     (study / "logs").mkdir(exist_ok=True)
 
-    def spawn(index: int) -> _Worker:
+    def spawn(index: int, packs: bool = True) -> _Worker:
         mine = share(available, index, workers, threads)
         env = os.environ | {name: str(len(mine)) for name in THREADS}
         env["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -100,6 +107,7 @@ def _spawner(study: Path, workers: int, threads: int | None, arguments: list[str
             env.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several workers share one accelerator's memory
         command = [sys.executable, "-m", "llamax.sweep.worker", str(study), "--parent", str(os.getpid())]
         command += ["--cores", ",".join(map(str, mine)), *arguments]
+        command += ["--pack", str(pack if packs else NEVER), "--workers", str(workers)]
         log = study / "logs" / f"worker-{index}.log"
         with log.open("ab") as file:
             since = file.tell()
@@ -107,16 +115,22 @@ def _spawner(study: Path, workers: int, threads: int | None, arguments: list[str
             process = subprocess.Popen(
                 command, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
             )
-        return _Worker(index, process, log, since)
+        return _Worker(index, process, log, since, packs)
 
     return spawn
 
 
-def _after_crash(study: Path, worker: _Worker, crashes: Counter[str]) -> None:
-    """Counts a death against the cell it happened in. Raises UserError for a worker that died outside any cell."""
+def _after_crash(study: Path, worker: _Worker, crashes: Counter[str]) -> bool:
+    """Counts a death against the cell it happened in, or against none and returns True if it was in a population.
+
+    Raises UserError for a worker that died outside any cell.
+    """
     code, said = worker.process.returncode, _tail(worker)
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    cell = _cell_of(study, worker.process.pid)
+    held = _cells_of(study, worker.process.pid)
+    if len(held) > 1:
+        return True
+    cell = held[0] if held else None
     if cell is None and code < 0:
         cell = ""  # killed between cells
     if cell is None:
@@ -127,15 +141,17 @@ def _after_crash(study: Path, worker: _Worker, crashes: Counter[str]) -> None:
             raise UserError(f"sweep workers ended with {how} {CRASHES} times between cells; see {worker.log}")
         hint = "; out of memory?" if code == -signal.SIGKILL else ""
         record_failure(study, cell, f"its worker ended with {how} {CRASHES} times{hint}", said)
+    return False
 
 
-def _cell_of(study: Path, pid: int) -> str | None:
-    """The unfinished cell whose newest lease a process of this machine holds, or held when it died."""
+def _cells_of(study: Path, pid: int) -> list[str]:
+    """The unfinished cells whose newest lease a process of this machine holds, or held when it died."""
+    cells = []
     for cell in read_study(study).cells:
         found = None if is_finished(study, cell) else holder(study, cell.name)
         if found and found.record.get("pid") == pid and found.record.get("machine") == me()["machine"]:
-            return cell.name
-    return None
+            cells.append(cell.name)
+    return cells
 
 
 def _tail(worker: _Worker, lines: int = 20) -> str:

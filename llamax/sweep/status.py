@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from llamax.errors import UserError
+from llamax.sweep.attempt import progress_path
 from llamax.sweep.claim import holder, shared_now
 from llamax.sweep.study import failure_path, read_json
 from llamax.sweep.throughput import wall_seconds
-from llamax.sweep.worker import progress_path
 
 STATES = ("done", "diverged", "running", "failed", "pending")
 SHOWN = ("step", "tokens", "loss", "tokens_per_second", "seconds_left", "phase")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
+    from rich.text import Text
 
+    from llamax.sweep.packing import Group
     from llamax.sweep.plan import Plan
 
 STYLES = {"done": "green", "diverged": "yellow", "running": "cyan", "failed": "red", "pending": "dim"}
 
 
-def plan_tables(plan: Plan, workers: int = 1) -> list[RenderableType]:
-    """What a plan prints: the cells, their FLOPs under each convention, the rules, totals, warnings."""
+def plan_tables(plan: Plan, workers: int = 1, groups: Sequence[Group] = ()) -> list[RenderableType]:
+    """What a plan prints: the cells, their FLOPs under each convention, groups, the rules, totals, warnings."""
     from rich.text import Text
 
     from llamax.sweep.throughput import wall_seconds
@@ -36,12 +38,29 @@ def plan_tables(plan: Plan, workers: int = 1) -> list[RenderableType]:
         f"{len(plan.cells)} cells, {plan.totals.get('flops_6n', 0.0):.3g} FLOPs (6n), "
         f"about {duration(wall)} with {workers} worker{'s' * (workers != 1)}"
     )
-    lines = [Text.from_markup("[bold]Rules[/]"), *(Text(f"  {rule}") for rule in plan.rules.values())]
+    lines = [
+        *_population_lines(groups),
+        Text.from_markup("[bold]Rules[/]"),
+        *(Text(f"  {rule}") for rule in plan.rules.values()),
+    ]
     if plan.cells:
         lines.append(Text(f"  for {plan.cells[0].name}:", style="dim"))
         lines += [Text(f"    {rule}") for rule in plan.cells[0].rules.values()]
     lines.append(Text(totals, style="bold"))
     return [sizes, flops, *lines, *(Text(f"warning: {w}", style="yellow") for w in plan.warnings)]
+
+
+def _population_lines(groups: Sequence[Group]) -> list[Text]:
+    """Cells that can train together, whether they will, and why."""
+    from rich.text import Text
+
+    lines = [Text("Cells of one shape", style="bold")] if groups else []
+    for group in groups:
+        names = ", ".join(group.cells[:3]) + (f" and {len(group.cells) - 3} more" if len(group.cells) > 3 else "")
+        how = "one by one" if group.size < 2 else f"{group.size} at a time as one population"
+        time = "" if group.expected is None else f", expected {group.expected:.2f} of the time one by one"
+        lines.append(Text(f"  {names}: {how}{time}; {group.rule}"))
+    return lines
 
 
 def status_table(state: Mapping[str, Any], most: int | None = None) -> Table:

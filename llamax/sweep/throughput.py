@@ -20,12 +20,14 @@ class Throughput:
     rule: str
 
 
+STARTUP_SECONDS = 5.0  # before the first step of a process
+
 # Two AVX-512 cores, float32: 42, 109 and 134 GFLOP/s at N = 34 thousand, 0.9 million and 6.2 million, 1-2 thousand
 # tokens a batch.
 _PEAK_A_CORE, _HALF_N, _HALF_TOKENS = 70e9, 80e3, 128.0
 
 
-def guess(cores: int | None = None, startup_seconds: float = 5.0) -> Throughput:
+def guess(cores: int | None = None, startup_seconds: float = STARTUP_SECONDS) -> Throughput:
     """A guess for a CPU worker of `cores` cores (default: those this process may use), good to a factor of three.
 
     rate = peak x N / (N + 80 thousand) x tokens / (tokens + 128): small models wait for memory and dispatch.
@@ -40,7 +42,7 @@ def guess(cores: int | None = None, startup_seconds: float = 5.0) -> Throughput:
     return Throughput(rate, startup_seconds, f"a guess, not measured: {peak / 1e9:.0f} GFLOP/s ({share} cores) x {law}")
 
 
-def measured(rows: Sequence[tuple[int, int, float]], startup_seconds: float = 5.0) -> Throughput:
+def measured(rows: Sequence[tuple[int, int, float]], startup_seconds: float = STARTUP_SECONDS) -> Throughput:
     """From measured rows (N, tokens a batch, FLOPs a second): log-log interpolation, the end rows beyond the ends.
 
     Raises:

@@ -7,34 +7,27 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llamax.config.run import RunConfig
-from llamax.errors import Interrupted, UserError
-from llamax.sweep.claim import LEASE_SECONDS, Lease, LeaseLost, claim
+from llamax.errors import UserError
+from llamax.sweep.attempt import OnEvent, ShouldStop, Stopped, Train, train_cells
+from llamax.sweep.claim import LEASE_SECONDS, Lease, claim
+from llamax.sweep.packing import NEVER, Pack, groups, parse_pack
 from llamax.sweep.plan import Cell
-from llamax.sweep.process import die_with, me, pin
-from llamax.sweep.study import clear_failures, failure_path, is_finished, read_study, record_failure, select
-from llamax.train.progress import Progress
+from llamax.sweep.process import cores, die_with, pin
+from llamax.sweep.study import clear_failures, failure_path, is_finished, read_study, select
 
 POLL_SECONDS = 0.5
 EVENTS = ("start", "progress", "done", "failed", "lost", "waiting")
-Train = Callable[..., Any]
-OnEvent = Callable[[str, str, dict[str, Any]], None]
-ShouldStop = Callable[[], bool]
-
-
-class Stopped(KeyboardInterrupt):
-    """The worker was asked to stop (SIGTERM, parent gone) while a cell was training; the cell resumes later."""
+Groups = dict[str, tuple[frozenset[str], int]]  # of a cell: the names in its group, and how many train together
 
 
 def work(
@@ -46,6 +39,8 @@ def work(
     only: Iterable[str] | None = None,
     lease_seconds: float = LEASE_SECONDS,
     should_stop: ShouldStop = lambda: False,
+    pack: Pack = NEVER,
+    workers: int = 1,
 ) -> dict[str, list[str]]:
     """Trains cells of a study until every one is finished or failed, here or by other workers.
 
@@ -57,6 +52,8 @@ def work(
         retry_failed: forget recorded failures at the start.
         lease_seconds: a lease without a heartbeat for so long is taken over; beats come six times as often.
         should_stop: polled between cells and at every report.
+        pack: which cells train together, then always in llamax's own loop (see packing.py).
+        workers: how many share the study, for the size of a population.
 
     Returns:
         `{"done": [...], "failed": [...]}`, the cells this call brought to an end.
@@ -71,6 +68,7 @@ def work(
     if retry_failed:
         clear_failures(study, select(read_study(study), names))
     run = train or default_train()
+    group = _grouped(study, pack, workers)
     waiting = False
     while True:
         todo = [c for c in select(read_study(study), names) if not _settled(study, c)]
@@ -78,103 +76,67 @@ def work(
             return ended
         if should_stop():
             raise Stopped
-        lease, cell = _claim_next(study, todo, lease_seconds)
-        if lease is None or cell is None:
+        held = _claim_next(study, todo, lease_seconds, group)
+        if not held:
             if not waiting:
                 emit("waiting", todo[0].name, {"cells": len(todo)})
             waiting = True
             time.sleep(POLL_SECONDS)
             continue
         waiting = False
-        with lease:
-            outcome = _train_cell(study, cell, lease, run, emit, should_stop)
-        if outcome in ended:
-            ended[outcome].append(cell.name)
+        with ExitStack() as leases:
+            for lease, _ in held:
+                leases.enter_context(lease)
+            outcomes = train_cells(study, held, run, emit, should_stop)
+        for (_, cell), outcome in zip(held, outcomes, strict=True):
+            if outcome in ended:
+                ended[outcome].append(cell.name)
 
 
-def default_train() -> Train:
-    """llamax's own training loop; importing it starts JAX."""
+def default_train(one_cpu: bool = False) -> Train:
+    """llamax's own training loop; importing it starts JAX. `one_cpu`: of simulated CPU devices, on the first."""
     from llamax.train.loop import train
 
-    return train
+    if not one_cpu:
+        return train
+    import jax
 
-
-def progress_path(study: Path, cell: str) -> Path:
-    """Where a cell's newest report is."""
-    return study / "progress" / f"{cell}.json"
+    return partial(train, devices=jax.devices()[:1]) if jax.default_backend() == "cpu" else train
 
 
 def _settled(study: Path, cell: Cell) -> bool:
     return is_finished(study, cell) or failure_path(study, cell.name).exists()
 
 
-def _claim_next(study: Path, todo: Sequence[Cell], lease_seconds: float) -> tuple[Lease | None, Cell | None]:
+def _claim_next(study: Path, todo: Sequence[Cell], lease_seconds: float, group: Groups) -> list[tuple[Lease, Cell]]:
+    """The first free cell, and free ones of its population up to its size; empty if none is free."""
     for cell in todo:
-        lease = claim(study, cell.name, lease_seconds=lease_seconds)
-        if lease is None:
-            continue
-        if _settled(study, cell):  # it ended between the look and the claim
-            lease.release()
-            continue
-        return lease, cell
-    return None, None
+        names, size = group.get(cell.name, ((cell.name,), 1))
+        mates = [cell, *(other for other in todo if other.name in names and other is not cell)]
+        held: list[tuple[Lease, Cell]] = []
+        for mate in mates:
+            lease = claim(study, mate.name, lease_seconds=lease_seconds) if len(held) < size else None
+            if lease is not None and _settled(study, mate):  # it ended between the look and the claim
+                lease.release()
+            elif lease is not None:
+                held.append((lease, mate))
+            elif not held:
+                break
+        if held:
+            return held
+    return []
 
 
-def _train_cell(study: Path, cell: Cell, lease: Lease, train: Train, emit: OnEvent, should_stop: ShouldStop) -> str:
-    """Trains one claimed cell; "done", "failed" or "lost". Interruptions pass through."""
-    emit("start", cell.name, {"steps": cell.steps})
-    save = _Saver(study, cell.name)
+def _grouped(study: Path, pack: Pack, workers: int) -> Groups:
+    """The population each cell belongs to: the names in it, and how many train together."""
+    if pack.kind == "never":
+        return {}
+    import jax
 
-    def report(progress: Progress) -> None:
-        lease.check()
-        if should_stop():
-            raise Stopped
-        save(progress)
-        emit("progress", cell.name, asdict(progress))
-
-    try:
-        result = _trained(train, cell.config, study / cell.run_name, report)
-    except LeaseLost:
-        emit("lost", cell.name, {})
-        return "lost"
-    except Interrupted as stop:  # the training loop caught the signal itself, and has saved
-        raise Stopped(str(stop)) from None
-    except Exception as error:
-        if lease.lost.is_set() or lease.successor.exists():
-            emit("lost", cell.name, {})
-            return "lost"
-        record_failure(study, cell.name, error)
-        emit("failed", cell.name, {"error": str(error) or type(error).__name__})
-        return "failed"
-    emit("done", cell.name, result)
-    return "done"
-
-
-def _trained(train: Train, config: RunConfig, run_dir: Path, report: Callable[[Progress], None]) -> dict[str, Any]:
-    result = train(config, run_dir, report=report)
-    if not (run_dir / "result.json").exists():
-        raise RuntimeError(f"{run_dir.name}: training returned without writing result.json")
-    return result if isinstance(result, dict) else {}
-
-
-class _Saver:
-    """Writes a cell's newest report, at most twice a second and at every change of phase."""
-
-    def __init__(self, study: Path, cell: str) -> None:
-        self.path, self.due, self.phase = progress_path(study, cell), 0.0, ""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.started = time.time()
-
-    def __call__(self, progress: Progress) -> None:
-        now = time.monotonic()
-        if now < self.due and progress.phase == self.phase:
-            return
-        self.due, self.phase = now + 0.5, progress.phase
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(progress).items()}
-        text = json.dumps({**finite, "pid": me()["pid"], "started": self.started, "time": time.time()})
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        temporary.write_text(text, encoding="utf-8")  # no fsync: losing a report in a power cut is no loss
-        os.replace(temporary, self.path)
+    devices = jax.local_devices() if jax.default_backend() != "cpu" else []
+    memory = [stats["bytes_limit"] for device in devices if (stats := device.memory_stats())]
+    found = groups(read_study(study).cells, pack, workers=workers, cores=len(cores()), accelerators=memory)
+    return {name: (frozenset(group.cells), group.size) for group in found for name in group.cells}
 
 
 def _silent(kind: str, cell: str, details: dict[str, Any]) -> None:
@@ -191,6 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--train", help="module:function to train with")
     parser.add_argument("--only", help="comma-separated cells, in order")
     parser.add_argument("--retry-failed", action="store_true")
+    parser.add_argument("--pack", default="never", help="auto, never, or the most members of a population")
+    parser.add_argument("--workers", type=int, default=1, help="how many share the study")
     args = parser.parse_args(argv)
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stopping.append(number))
@@ -200,8 +164,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         pin([int(core) for core in args.cores.split(",")])
     only = args.only.split(",") if args.only else None
     try:
-        train = _named(args.train)
-        work(args.study, train=train, only=only, retry_failed=args.retry_failed, should_stop=lambda: bool(stopping))
+        pack = NEVER if args.train else parse_pack(args.pack)
+        train = _named(args.train) if args.train else default_train(_simulate_devices(args.study, pack, args.workers))
+        work(
+            args.study,
+            train=train,
+            only=only,
+            retry_failed=args.retry_failed,
+            should_stop=lambda: bool(stopping),
+            pack=pack,
+            workers=args.workers,
+        )
     except KeyboardInterrupt:
         return 143
     except UserError as error:
@@ -210,9 +183,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _named(train: str | None) -> Train | None:
-    if train is None:
-        return None
+def _simulate_devices(study: Path, pack: Pack, workers: int) -> bool:
+    """Before JAX starts: a CPU device a core, where populations are to be trained and the user has not said otherwise.
+
+    A small member leaves most of a second core idle; one device a core gives each its own members.
+    """
+    said = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    available = len(cores())
+    found = [] if said or available == 1 else groups(read_study(study).cells, pack, workers=workers, cores=available)
+    if not any(group.size > 1 for group in found):
+        return False
+    os.environ["JAX_NUM_CPU_DEVICES"] = str(available)
+    return True
+
+
+def _named(train: str) -> Train:
     module, _, function = train.partition(":")
     return getattr(importlib.import_module(module), function)
 

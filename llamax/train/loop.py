@@ -8,57 +8,69 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from llamax.accounting.horizon import Horizon, horizon
 from llamax.accounting.params import count_params
 from llamax.accounting.peaks import mfu
 from llamax.config.run import RunConfig
 from llamax.data.batches import TrainBatches, eval_batches
-from llamax.data.store import Store
 from llamax.errors import Interrupted
-from llamax.mesh.rules import batch_sharding, load_rules
+from llamax.mesh.rules import batch_sharding
 from llamax.mesh.start import start
 from llamax.train.checkpoints import Checkpoints
 from llamax.train.evaluate import evaluate
+from llamax.train.population import Answer, Ask, Coroutine, Seat, alone, whole
 from llamax.train.progress import Progress
 from llamax.train.remat import rematerialization
 from llamax.train.rows import plain
 from llamax.train.run_dir import Run, open_run
-from llamax.train.setup import load_dispatch, set_up
+from llamax.train.setup import Common, batches_of, load_dispatch, share
 from llamax.train.signals import StopRequest, stop_signals
-from llamax.train.state import TrainState, init_state
-from llamax.train.step import Dispatch, execution_of, make_dispatch
+from llamax.train.state import TrainState, hyper_of
+from llamax.train.step import execution_of, make_dispatch
 
 SECONDS_PER_DISPATCH = 1.0  # a dispatch is cut to about this, so that a signal is answered and progress is seen
 
 Report = Callable[[Progress], None]
-Pending = tuple[int, dict[str, jax.Array], jax.Array]  # first step, metrics, steps run: still on the device
+Signals = Callable[[], AbstractContextManager[StopRequest]]
+Pending = tuple[int, dict[str, Any], Any]  # first step, metrics, steps run: still on the device
 
 
-def train(config: RunConfig, run_dir: Path, *, report: Report | None = None) -> dict[str, Any]:
+def train(
+    config: RunConfig, run_dir: Path, *, report: Report | None = None, devices: list[jax.Device] | None = None
+) -> dict[str, Any]:
     """Train to the horizon, or resume to it, and return what result.json holds.
 
     A finished run returns its stored result. On the same mesh an interrupted and resumed run gives the numbers of an
-    uninterrupted one bit for bit. SIGTERM or Ctrl-C saves a checkpoint and raises `Interrupted`.
+    uninterrupted one bit for bit. SIGTERM or Ctrl-C saves a checkpoint and raises `Interrupted`. `devices` are those
+    of the mesh (None: all).
 
     Raises:
         UserError: data, mesh or run directory do not fit the config.
         Interrupted: a signal asked to stop; the same call resumes.
     """
     start()
-    length = horizon(config)
-    store, _, mesh, abstract, batches = set_up(config)
-    with open_run(run_dir, config, store.fingerprint) as run:
+    common = share(config, devices)
+    run = run_steps(config, run_dir, common, report=report, signals=stop_signals)
+    return alone(run, make_dispatch(config, common.rules, common.mesh, common.abstract))
+
+
+def run_steps(
+    config: RunConfig, run_dir: Path, common: Common, *, report: Report | None, signals: Signals
+) -> Coroutine:
+    """`train` as a coroutine, which asks for its dispatches instead of running them (see population.py)."""
+    batches = batches_of(config, common.store)
+    with open_run(run_dir, config, common.store.fingerprint) as run:
         if run.result is not None:
             return run.result
-        return _Session(config, length, run, store, batches, mesh, abstract, report or _silent).run()
+        session = _Session(config, horizon(config), run, common, batches, report or _silent)
+        return (yield from session.run(signals))
 
 
 class _Session:
@@ -69,15 +81,12 @@ class _Session:
         config: RunConfig,
         length: Horizon,
         run: Run,
-        store: Store,
+        common: Common,
         batches: TrainBatches,
-        mesh: Mesh,
-        abstract: TrainState,
         report: Report,
     ):
-        self.config, self.run_dir, self.store, self.batches, self.mesh = config, run, store, batches, mesh
-        self.abstract, self.report = abstract, report
-        self.rules = load_rules(config.mesh.rules)
+        self.config, self.run_dir, self.batches, self.report = config, run, batches, report
+        self.common, self.store, self.rules, self.mesh = common, common.store, common.rules, common.mesh
         self.horizon = length
         self.tokens_per_step = config.train.batch_size * config.train.seq_len
         self.flops_per_token = {name: total / self.horizon.tokens for name, total in self.horizon.flops.items()}
@@ -90,24 +99,31 @@ class _Session:
         self.train_steps = 0
 
     # ------------------------------------------------------------ the run, top to bottom
-    def run(self) -> dict[str, Any]:
+    def run(self, signals: Signals) -> Coroutine:
         """Restore, compile, train, evaluate, finish."""
         steps = self.horizon.steps
         with Checkpoints(self.run_dir.path / "checkpoints", self.config.checkpoint, on_warning=_warn) as checkpoints:
             self._progress(0, "restore")
+            state: TrainState | Seat
             state, step, cause = self._restore(checkpoints)
-            self._progress(step, "compile")
-            dispatch = self._compile(state) if step < steps and cause is None else None
-            with stop_signals() as stop:
-                if dispatch is not None:
-                    state, step, cause = self._train(dispatch, state, step, checkpoints, stop)
-                self._save(checkpoints, step, state, permanent=True, cause=cause)
-                found = self._evaluate(state, step, stop)
+            left = step < steps and cause is None
+            if left:
+                self._progress(step, "compile")
+                if self.config.train.remat == "auto":
+                    print(f"note: {rematerialization(self.config, self.mesh)[1]}", file=sys.stderr)
+                state = (yield Ask(state, self._load(0), 0)).state
+            with signals() as stop:
+                if left:
+                    state, cause = yield from self._train(state, step, checkpoints, stop)
+                final = whole(state)
+                step = int(final.step)
+                self._save(checkpoints, step, final, permanent=True, cause=cause)
+                found = self._evaluate(final, step, stop)
                 checkpoints.wait()
                 if found is None:
                     raise Interrupted(stop.signal or "", step)
                 loss, tokens = found
-            result = self._result(step, cause, int(state.skipped), loss, tokens)
+            result = self._result(step, cause, int(final.skipped), loss, tokens)
             result = plain(result)
             self.run_dir.finish(result)
         self._progress(step, "done")
@@ -115,36 +131,28 @@ class _Session:
 
     def _restore(self, checkpoints: Checkpoints) -> tuple[TrainState, int, str | None]:
         """(state, steps tried, cause of divergence) to continue from."""
-        found = checkpoints.restore(self.abstract)
+        found = checkpoints.restore(self.common.abstract)
         if found is None:
             self.run_dir.rewind(0)
-            return init_state(self.config, self.horizon.steps, self.abstract), 0, None
+            key = jax.random.key(self.config.train.seed)
+            return self.common.initialize(hyper_of(self.config, self.horizon.steps), key), 0, None
         step, state, meta = found
         self.seconds_before, self.loss = float(meta.get("seconds", 0.0)), meta.get("loss")
         self.run_dir.rewind(step, meta.get("newest"))
         return state, step, meta.get("cause")
 
-    def _compile(self, state: TrainState) -> Dispatch:
-        """The dispatch compiled ahead of time, so that its seconds never count as training."""
-        if self.config.train.remat == "auto":
-            print(f"note: {rematerialization(self.config, self.mesh)[1]}", file=sys.stderr)
-        example = self._load(0)
-        lowered = make_dispatch(self.config, self.rules, self.mesh, self.abstract).lower(state, example, jnp.int32(0))  # type: ignore[attr-defined]
-        return lowered.compile()
-
     def _train(
-        self, dispatch: Dispatch, state: TrainState, step: int, checkpoints: Checkpoints, stop: StopRequest
-    ) -> tuple[TrainState, int, str | None]:
-        """Dispatch until the horizon, one dispatch ahead of the metrics; (state, steps tried, cause of divergence)."""
+        self, state: TrainState | Seat, step: int, checkpoints: Checkpoints, stop: StopRequest
+    ) -> Generator[Ask, Answer, tuple[TrainState | Seat, str | None]]:
+        """Dispatch until the horizon, one dispatch ahead of the metrics; (state, cause of divergence)."""
         steps, cause = self.horizon.steps, None
-        if self._evaluation_due(step):
-            self._evaluate(state, step, stop)  # a checkpoint is saved before its evaluation, which may not have ended
+        if self._evaluation_due(step):  # a checkpoint is saved before its evaluation, which may not have ended
+            self._evaluate(whole(state), step, stop)
         self.fetched_at = (step, time.perf_counter())
         pending: Pending | None = None
         batches = self._load(step)
         while step < steps and cause is None:
-            count = self._count(step)
-            state, metrics, ran = dispatch(state, batches, jnp.int32(count))
+            state, metrics, ran, count = yield Ask(state, batches, self._count(step))
             previous, pending = pending, (step, metrics, ran)
             step += count
             batches = self._load(step) if step < steps else batches
@@ -154,10 +162,10 @@ class _Session:
                 continue
             cause, pending = self._fetch(pending), None
             if cause is None:
-                self._pause(state, step, save, checkpoints, stop)
+                self._pause(whole(state), step, save, checkpoints, stop)
                 self.fetched_at = (step, time.perf_counter())
         cause = cause or self._fetch(pending)
-        return state, int(state.step), cause
+        return state, cause
 
     def _pause(
         self, state: TrainState, step: int, save: str | None, checkpoints: Checkpoints, stop: StopRequest

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from llamax.accounting.horizon import horizon
 from llamax.config.run import RunConfig
 from llamax.data.batches import TrainBatches
 from llamax.data.open import open_data
 from llamax.data.store import Store
 from llamax.errors import UserError
 from llamax.mesh.rules import Rules, batch_ways, load_rules, make_mesh
-from llamax.train.state import TrainState, abstract_state
+from llamax.train.state import TrainState, abstract_state, initializer
+
+
+class Common(NamedTuple):
+    """What runs of one shape on the same data share; `initialize(hyper, key)` is the program that makes a state."""
+
+    store: Store
+    rules: Rules
+    mesh: Mesh
+    abstract: TrainState  # shapes with shardings
+    initialize: Callable[[dict[str, jax.Array], jax.Array], TrainState]
 
 
 class Setup(NamedTuple):
@@ -33,13 +45,30 @@ def set_up(config: RunConfig) -> Setup:
     Raises:
         UserError: the data or the mesh does not fit the config.
     """
+    common = share(config)
+    return Setup(common.store, common.rules, common.mesh, common.abstract, batches_of(config, common.store))
+
+
+def share(config: RunConfig, devices: list[jax.Device] | None = None) -> Common:
+    """`Common` of a run on `devices` (None: all). Raises UserError: horizon, data or mesh do not fit the config."""
+    horizon(config)  # less than a step is refused before any data is built
     store = open_data(config.data)
     _check_vocabulary(config, store)
+    rules, mesh, abstract = share_places(config, devices)
+    return Common(store, rules, mesh, abstract, initializer(config, abstract))
+
+
+def share_places(config: RunConfig, devices: list[jax.Device] | None = None) -> tuple[Rules, Mesh, TrainState]:
+    """The part of `share` that needs no data: mesh rules, mesh, and the state as shapes with shardings."""
     rules = load_rules(config.mesh.rules)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, devices)
     _check_batch(config, batch_ways(rules, mesh))
-    abstract = abstract_state(config, rules, mesh)
-    batches = TrainBatches(
+    return rules, mesh, abstract_state(config, rules, mesh)
+
+
+def batches_of(config: RunConfig, store: Store) -> TrainBatches:
+    """The training batches of a run, this process's part of each."""
+    return TrainBatches(
         store,
         batch_size=config.train.batch_size,
         seq_len=config.train.seq_len,
@@ -48,7 +77,6 @@ def set_up(config: RunConfig) -> Setup:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    return Setup(store, rules, mesh, abstract, batches)
 
 
 def load_dispatch(

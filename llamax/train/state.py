@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,18 +15,7 @@ from llamax.config.run import RunConfig
 from llamax.mesh.rules import Rules, shardings
 from llamax.model.transformer import Transformer
 from llamax.train.optimizer import hyperparameters, make_optimizer
-
-# Fields of the train section that are arrays of the state: weights of losses, rates and limits.
-TRAIN_NUMBERS = (
-    "z_loss",
-    "moe_balance_loss",
-    "moe_sequence_balance_loss",
-    "moe_z_loss",
-    "mtp_loss",
-    "indexer_loss",
-    "router_bias_rate",
-    "divergence_factor",
-)
+from llamax.train.shape import TRAIN_NUMBERS
 
 
 @jax.tree_util.register_dataclass
@@ -74,11 +64,15 @@ def abstract_state(config: RunConfig, rules: Rules, mesh: Mesh) -> TrainState:
     )
 
 
-def init_state(config: RunConfig, total_steps: int, abstract: TrainState) -> TrainState:
-    """A fresh state, each array made where it belongs; the same numbers on every mesh."""
+def initializer(config: RunConfig, abstract: TrainState) -> Callable[[dict[str, Array], Array], TrainState]:
+    """The program `build(hyper, key)` behind `init_state`, which runs that differ in those two can share."""
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     # Run once, so its compilation is what it costs: on a CPU, LLVM's optimizer takes three quarters of it for nothing.
     on_cpu = next(iter(jax.tree.leaves(places)[0].device_set)).platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if on_cpu else None
-    build = jax.jit(lambda h, k: _initial(config, h, k), out_shardings=places, compiler_options=options)
-    return build(hyper_of(config, total_steps), jax.random.key(config.train.seed))
+    return jax.jit(lambda h, k: _initial(config, h, k), out_shardings=places, compiler_options=options)
+
+
+def init_state(config: RunConfig, total_steps: int, abstract: TrainState) -> TrainState:
+    """A fresh state, each array made where it belongs; the same numbers on every mesh."""
+    return initializer(config, abstract)(hyper_of(config, total_steps), jax.random.key(config.train.seed))

@@ -148,17 +148,15 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig, execution: Ex
     return TrainState(model, opt_state, state.step + 1, skipped, average, hyper), metrics
 
 
-def make_dispatch(config: RunConfig, rules: Rules, mesh: Mesh, abstract: TrainState) -> Dispatch:
-    """The compiled `dispatch(state, batches, count)`: up to steps_per_dispatch updates in one program.
+def updates(config: RunConfig, execution: Execution) -> Dispatch:
+    """The pure `dispatch(state, batches, count)`: up to steps_per_dispatch updates.
 
     `batches` has arrays [steps_per_dispatch, batch, ...] of which the first `count` are used. The trip count is data,
     so the same program runs whatever `count` is: where a run is interrupted cannot change its numbers.
 
     Returns the state, metrics [steps_per_dispatch] (valid where < the number of steps run) and that number; under
-    on_divergence=stop it ends at the first bad step, and a later dispatch of that state does nothing. The state is
-    donated.
+    on_divergence=stop it ends at the first bad step, and a later dispatch of that state does nothing.
     """
-    execution = execution_of(config, rules, mesh)
     stop = config.train.on_divergence == "stop"
     capacity = config.train.steps_per_dispatch
 
@@ -182,5 +180,11 @@ def make_dispatch(config: RunConfig, rules: Rules, mesh: Mesh, abstract: TrainSt
         run, state, metrics = jax.lax.while_loop(more, body, (jnp.int32(0), state, empty))
         return state, metrics, run
 
+    return dispatch
+
+
+def make_dispatch(config: RunConfig, rules: Rules, mesh: Mesh, abstract: TrainState) -> Dispatch:
+    """`updates` of one run as a compiled program on `mesh`; the state is donated."""
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    dispatch = updates(config, execution_of(config, rules, mesh))
     return jax.jit(dispatch, donate_argnums=0, out_shardings=(places, None, None))

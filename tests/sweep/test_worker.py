@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from llamax.errors import Interrupted, UserError
+from llamax.sweep.attempt import progress_path
 from llamax.sweep.claim import claim, holder
 from llamax.sweep.status import status
 from llamax.sweep.study import read_study
-from llamax.sweep.worker import main, progress_path, work
+from llamax.sweep.worker import main, work
 from llamax.train.progress import Progress
 from tests.sweep.fake_train import starts, train
 
