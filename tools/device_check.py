@@ -36,7 +36,18 @@ COLUMNS = {  # of the table: heading -> (field, format)
     "kernels": ("kernels", "{}"),
     "compile s": ("compile_seconds", "{:.0f}"),
 }
-NOTES = ("missing", "error_value", "error_gradient", "agrees", "of_bandwidth", "eval_loss", "too_large", "tflops")
+NOTES = (
+    "missing",
+    "ratio",
+    "loss_difference",
+    "error_value",
+    "error_gradient",
+    "agrees",
+    "of_bandwidth",
+    "eval_loss",
+    "too_large",
+    "tflops",
+)
 
 
 def say(text: str) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import json
 import os
 import statistics
@@ -389,14 +388,25 @@ def decode(tiny: bool) -> Iterator[Row]:
 
 
 def packing(tiny: bool) -> Iterator[Row]:
-    """Sixteen members of one shape in one program, by tools/bench_packing.py."""
-    try:
-        bench = importlib.import_module("bench_packing")
-        rows = bench.device_rows
-    except (ImportError, AttributeError) as error:
-        yield {"what": "16 packed members", "missing": f"tools/bench_packing.py: {error}"}
-        return
-    yield from rows(tiny)
+    """Members of one small shape in one program beside the same runs one by one, on one device."""
+    import jax
+    from bench_packing import ONE, PACKED, compare
+    from bench_sides import SHAPES, run_config
+
+    members = 2 if tiny else 16
+    configs = (
+        {"tiny": config_of(TINY, 2)} if tiny else {n: run_config(SHAPES[n], "bfloat16") for n in ("S1", "S2", "S3")}
+    )
+    for name, config in configs.items():
+        found = compare(config, members, jax.devices()[:1], seconds=0.05 if tiny else 1.0, rounds=2 if tiny else 5)
+        packed = found["sides"][PACKED]
+        yield {
+            "what": f"{members} members of {name}, one step of all",
+            "milliseconds": 1e3 * packed["wall"],
+            "milliseconds_one_by_one": 1e3 * found["sides"][ONE]["wall"],
+            "ratio": packed["ratio_wall"],
+            "loss_difference": found["loss_difference"],
+        }
 
 
 def torch(tiny: bool) -> Iterator[Row]:

@@ -161,3 +161,17 @@ def test_lowered_for_cuda_it_is_the_flash_kernel(cuda_lowering: None, segments: 
     assert f"__cudnn$fmhaScale{bias}Softmax" in lowered or f"__cudnn$fmha{bias}Softmax" in lowered
     assert f"{bias}SoftmaxBackward" in lowered
     assert "4x128x128" not in lowered
+
+
+def test_members_of_a_population_share_the_kernel(cuda_lowering: None) -> None:
+    """Under `vmap` the members join the kernel's batch (what flows back is each member's own, as in any model)."""
+    q, k, v, g = (jnp.stack([a, a, a]).astype(jnp.bfloat16) for a in inputs(64, 4, 2, 16))
+    execution = Execution("bfloat16", "bfloat16", kernels=("cudnn",))
+
+    def total(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> jax.Array:
+        return (g * attention(q, k, v, Sight(), Logits(0.25), execution)).astype(jnp.float32).sum()
+
+    members = jax.jit(jax.vmap(jax.grad(total, (0, 1, 2))))
+    lowered = members.trace(q, k, v, g).lower(lowering_platforms=("cuda",)).as_text()
+    (call,) = [line for line in lowered.splitlines() if "@__cudnn$fmhaSoftmaxBackward" in line]
+    assert "tensor<6x64x4x16xbf16>" in call
