@@ -89,8 +89,6 @@ def _prepare(name: str, settings: Sequence[str]) -> tuple[SweepConfig, int]:
     from llamax.data.open import open_data
 
     texts = [_long(text) for text in settings]
-    if not any(text.startswith("train.compute_dtype=") for text in texts) and _multiplies_bfloat16():
-        texts.append("train.compute_dtype=bfloat16")
     spec = load_sweep(name, texts)
     if not isinstance(spec.base, str):
         raise UserError(f"sweep {name}: base is inline; the quickstart needs a named train config")
@@ -105,14 +103,6 @@ def _prepare(name: str, settings: Sequence[str]) -> tuple[SweepConfig, int]:
 def _long(text: str) -> str:
     name, equals, value = text.partition("=")
     return f"{SHORT.get(name, name)}{equals}{value}"
-
-
-def _multiplies_bfloat16() -> bool:
-    """Whether this CPU has matrix units for bfloat16 (AMX): elsewhere bfloat16 is emulated and slower than float32."""
-    try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
 
 
 def _throughput(workers: int) -> Any:

@@ -11,7 +11,8 @@ from llamax.config.model import Block, ModelConfig
 from llamax.config.run import RunConfig, TrainConfig
 
 _F32 = 4
-_BYTES = {"float32": 4, "bfloat16": 2, "float8": 2}  # float8 operands are made where they are multiplied
+# float8 operands are made where they are multiplied; auto is bfloat16 wherever memory is scarce.
+_BYTES = {"float32": 4, "bfloat16": 2, "float8": 2, "auto": 2}
 
 MEMORY_RULES: dict[str, str] = {
     "parameters": "4 bytes a parameter, prediction modules and router biases included: float32 master weights",

@@ -240,7 +240,8 @@ class TrainConfig(Frozen):
     """The step and its horizon, which is exactly one of `steps`, `tokens`, `tokens_per_param`, `flops`.
 
     `batch_size` counts sequences of `seq_len` tokens over the whole mesh. Weights are float32; `compute_dtype` is the
-    operand type of matrix products (accumulated in float32), `activation_dtype` that of the residual stream.
+    operand type of matrix products (accumulated in float32; auto: bfloat16 where the devices multiply it faster, else
+    float32, and a run keeps what it began with), `activation_dtype` that of the residual stream.
     float8 (e4m3 forward, e5m2 for gradients of outputs, scaled by the largest entry of each array) is for the weight
     matrices of dense layers alone; head, router, experts and attention then multiply in bfloat16. `remat` is what the
     backward pass computes again (none, all but weight products, all); auto: the least that fits the devices' memory.
@@ -263,7 +264,7 @@ class TrainConfig(Frozen):
     tokens_per_param: PositiveFloat | None = None
     flops: PositiveFloat | None = None
     seed: NonNegativeInt = 0
-    compute_dtype: Literal["float32", "bfloat16", "float8"] = "float32"
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float8"] = "auto"
     activation_dtype: Literal["float32", "bfloat16"] = "float32"
     grad_accumulation: PositiveInt = 1
     steps_per_dispatch: PositiveInt = 10

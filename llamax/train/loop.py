@@ -26,6 +26,7 @@ from llamax.mesh.start import start
 from llamax.train.checkpoints import Checkpoints
 from llamax.train.evaluate import evaluate
 from llamax.train.population import Answer, Ask, Coroutine, Seat, alone, whole
+from llamax.train.precision import Precision, begun_with, with_dtype
 from llamax.train.progress import Progress
 from llamax.train.remat import rematerialization
 from llamax.train.rows import plain
@@ -56,20 +57,27 @@ def train(
         Interrupted: a signal asked to stop; the same call resumes.
     """
     start()
+    chosen = begun_with(config, run_dir, jax.devices() if devices is None else devices)
     common = share(config, devices)
-    run = run_steps(config, run_dir, common, report=report, signals=stop_signals)
-    return alone(run, make_dispatch(config, common.rules, common.mesh, common.abstract))
+    run = run_steps(config, run_dir, common, chosen, report=report, signals=stop_signals)
+    return alone(run, make_dispatch(with_dtype(config, chosen.dtype), common.rules, common.mesh, common.abstract))
 
 
 def run_steps(
-    config: RunConfig, run_dir: Path, common: Common, *, report: Report | None, signals: Signals
+    config: RunConfig,
+    run_dir: Path,
+    common: Common,
+    chosen: Precision,
+    *,
+    report: Report | None,
+    signals: Signals,
 ) -> Coroutine:
     """`train` as a coroutine, which asks for its dispatches instead of running them (see population.py)."""
     batches = batches_of(config, common.store)
-    with open_run(run_dir, config, common.store.fingerprint) as run:
+    with open_run(run_dir, config, common.store.fingerprint, chosen._asdict()) as run:
         if run.result is not None:
             return run.result
-        session = _Session(config, horizon(config), run, common, batches, report or _silent)
+        session = _Session(config, horizon(config), run, common, batches, chosen, report or _silent)
         return (yield from session.run(signals))
 
 
@@ -83,9 +91,12 @@ class _Session:
         run: Run,
         common: Common,
         batches: TrainBatches,
+        chosen: Precision,
         report: Report,
     ):
-        self.config, self.run_dir, self.batches, self.report = config, run, batches, report
+        self.hash, self.asked = config.hash8, config.train.compute_dtype
+        self.config, self.chosen = with_dtype(config, chosen.dtype), chosen
+        self.run_dir, self.batches, self.report = run, batches, report
         self.common, self.store, self.rules, self.mesh = common, common.store, common.rules, common.mesh
         self.horizon = length
         self.tokens_per_step = config.train.batch_size * config.train.seq_len
@@ -109,8 +120,7 @@ class _Session:
             left = step < steps and cause is None
             if left:
                 self._progress(step, "compile")
-                if self.config.train.remat == "auto":
-                    print(f"note: {rematerialization(self.config, self.mesh)[1]}", file=sys.stderr)
+                self._say_choices()
                 state = (yield Ask(state, self._load(0), 0)).state
             with signals() as stop:
                 if left:
@@ -181,6 +191,13 @@ class _Session:
             raise Interrupted(stop.signal, step)
 
     # ------------------------------------------------------------ pieces
+    def _say_choices(self) -> None:
+        """What the config left to the machine."""
+        if self.asked == "auto":
+            print(f"note: products in {self.chosen.dtype}: {self.chosen.why}", file=sys.stderr)
+        if self.config.train.remat == "auto":
+            print(f"note: {rematerialization(self.config, self.mesh)[1]}", file=sys.stderr)
+
     def _count(self, step: int) -> int:
         """How many steps the next dispatch takes: up to the next boundary, and to about SECONDS_PER_DISPATCH.
 
@@ -292,7 +309,8 @@ class _Session:
             "status": "diverged" if cause else "done",
             "cause": cause,
             "name": self.run_dir.path.name,
-            "hash": self.config.hash8,
+            "hash": self.hash,
+            "compute_dtype": self.chosen.dtype,
             "steps": step,
             "skipped_steps": skipped,
             "tokens": seen,

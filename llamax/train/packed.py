@@ -14,6 +14,7 @@ from llamax.errors import Interrupted, UserError
 from llamax.mesh.start import start
 from llamax.train.loop import run_steps
 from llamax.train.population import Population, together
+from llamax.train.precision import begun_with, with_dtype
 from llamax.train.progress import Progress
 from llamax.train.setup import share
 from llamax.train.shape import fits_one_device, shape_key
@@ -47,12 +48,18 @@ def train_packed(
     if not fits_one_device(configs[0]) or jax.process_count() > 1:
         raise UserError("a member of a population is whole on one device of one process; train these runs alone")
     devices = (jax.devices() if devices is None else devices)[: len(configs)]
+    chosen = [begun_with(config, path, devices) for config, path in zip(configs, run_dirs, strict=True)]
+    if len({each.dtype for each in chosen}) > 1:
+        raise UserError("these runs began with different types of operands (env.json, precision); train them alone")
     common = share(configs[0], devices[:1])
-    population = Population(configs[0], common.rules, common.mesh, common.abstract, devices)
+    config = with_dtype(configs[0], chosen[0].dtype)
+    population = Population(config, common.rules, common.mesh, common.abstract, devices)
     with stop_signals() as stop:
         runs = [
-            run_steps(config, path, common, report=report, signals=lambda: nullcontext(stop))
-            for config, path, report in zip(configs, run_dirs, reports or [None] * len(configs), strict=True)
+            run_steps(config, path, common, its, report=report, signals=lambda: nullcontext(stop))
+            for config, path, its, report in zip(
+                configs, run_dirs, chosen, reports or [None] * len(configs), strict=True
+            )
         ]
         ended = together(runs, population)
     for outcome in ended:

@@ -92,11 +92,14 @@ class Run:
 
 
 @contextmanager
-def open_run(path: Path, config: RunConfig, fingerprint: str) -> Iterator[Run]:
+def open_run(
+    path: Path, config: RunConfig, fingerprint: str, precision: Mapping[str, str] | None = None
+) -> Iterator[Run]:
     """Create the run directory, or open it to continue: `with open_run(...) as run:`.
 
     A run is the same when the sections `IDENTITY` of its config and the `fingerprint` of its data are; the other
-    sections may change, and config.yaml then holds the newest. A finished run is opened and left as it is.
+    sections may change, and config.yaml then holds the newest. A finished run is opened and left as it is. `precision`,
+    the operand type and why, is noted in env.json.
 
     Raises:
         UserError: another run lives there, another process is using it, a damaged row or file, or the disk refuses.
@@ -115,7 +118,7 @@ def open_run(path: Path, config: RunConfig, fingerprint: str) -> Iterator[Run]:
         else:
             _check_unused(path)
         if read_result(path) is None:
-            _start_session(path, config, fingerprint)
+            _start_session(path, config, fingerprint, precision)
         yield Run(path, writer=True)
 
 
@@ -199,10 +202,10 @@ def _check_unused(path: Path) -> None:
         )
 
 
-def _start_session(path: Path, config: RunConfig, fingerprint: str) -> None:
+def _start_session(path: Path, config: RunConfig, fingerprint: str, precision: Mapping[str, str] | None) -> None:
     """Write env.json, then config.yaml, whose presence makes the folder a run; repair the rows."""
     before = read_env(path) or {}
-    now = environment()
+    now = environment() | ({} if precision is None else {"precision": dict(precision)})
     session: dict[str, Any] = {"started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     if changed := {key: before[key] for key in now if key in before and before[key] != now[key]}:
         session["before"] = changed  # what the previous session ran on, where it differs

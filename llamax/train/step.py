@@ -19,6 +19,7 @@ from llamax.model.loss import target_weights, training_losses
 from llamax.model.transformer import Transformer
 from llamax.train.balance import move_biases, split_loads
 from llamax.train.optimizer import keep_if, make_optimizer
+from llamax.train.precision import precision
 from llamax.train.remat import rematerialization
 from llamax.train.schedule import learning_rate
 from llamax.train.state import TrainState
@@ -47,7 +48,7 @@ def execution_of(config: RunConfig, rules: Rules, mesh: Mesh) -> Execution:
     cpu = all(device.platform == "cpu" for device in mesh.devices.flat)
     short = cpu and len(config.model.layers) <= UNROLLED
     return Execution(
-        compute=train.compute_dtype,
+        compute=precision(train.compute_dtype, mesh.devices.flat).dtype,  # type: ignore[arg-type]
         activation=train.activation_dtype,
         remat=rematerialization(config, mesh)[0],
         unroll=short if train.unroll_layers is None else train.unroll_layers,

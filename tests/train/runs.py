@@ -31,7 +31,13 @@ RUN: dict[str, Any] = {
     "model": MODEL,
     "mesh": {"data": 1},
     "optimizer": {"kind": "adamw", "lr": 1e-2},
-    "train": {"steps": STEPS, "batch_size": BATCH, "seq_len": SEQ, "steps_per_dispatch": 10},
+    "train": {
+        "steps": STEPS,
+        "batch_size": BATCH,
+        "seq_len": SEQ,
+        "steps_per_dispatch": 10,
+        "compute_dtype": "float32",
+    },
     "log": {"every_steps": 1},
     "checkpoint": {"every_seconds": None},
 }
