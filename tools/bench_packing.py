@@ -48,7 +48,8 @@ def compare(
 ) -> dict[str, Any]:
     """Seconds a step of all members, {side: rounds}, of `ONE` on the first device, `PACKED` on all, and `more`.
 
-    A round of a side is as many steps as one by one takes about `seconds` for, at most one dispatch.
+    A round of a side is whole dispatches, as a run takes them, of about `seconds` one by one: a dispatch of fewer steps
+    pays for its memory more often.
 
     `ratio` is packed / one by one; `loss_difference` the largest relative difference of a last loss between the two.
     """
@@ -56,7 +57,8 @@ def compare(
     sides: dict[str, Timed] = {ONE: _timed(alone), PACKED: _timed(packed), **(more or {})}
     for _ in range(2):  # the second shows what a step takes
         once = {name: run(1)["wall"] for name, run in sides.items()}
-    steps = max(1, min(config.train.steps_per_dispatch, round(seconds / once[ONE])))
+    capacity = config.train.steps_per_dispatch
+    steps = capacity * max(1, round(seconds / once[ONE] / capacity))
     difference = max(abs(a / b - 1) for a, b in zip(packed(steps), alone(steps), strict=True))
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     for _ in range(rounds):

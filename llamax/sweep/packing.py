@@ -26,7 +26,7 @@ MEMORY_SHARE = 0.8  # of an accelerator that members may fill, by accounting's e
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of a member's step in a population / alone, both in one process with so many cores."""
+    """Wall seconds of a member's step in a population / alone, both in one process with so many cores."""
 
     n: int
     cores: int
@@ -134,10 +134,10 @@ def _on_cpu(cell: Cell, share: int, cores: int) -> tuple[int, float | None, str]
         return 1, None, f"N = {cell.n:,} is beyond what was measured to gain" if ratio is None else "one cell a worker"
     training, further = max(cell.seconds - STARTUP_SECONDS, 0.0), share - 1
     alone = share * training + STARTUP_SECONDS + further * STARTUP.run
-    packed = share * training * ratio + STARTUP_SECONDS + further * STARTUP.member
+    packed = share * training * ratio + STARTUP_SECONDS + further * STARTUP.member + COMPILE_SECONDS
     said = (
         f"a step takes {ratio:g} of its time alone (measured, N <= {_row(cell.n, cores).n:,}, {cores} cores), "  # type: ignore[union-attr]
-        f"a further member {STARTUP.member:g} s to start instead of {STARTUP.run:g} s"
+        f"a further member {STARTUP.member:g} s to start instead of {STARTUP.run:g} s, {COMPILE_SECONDS:g} s to compile"
     )
     gains = packed / alone <= GAIN
     return (share if gains else 1), packed / alone, said if gains else f"{said}: no gain of {1 - GAIN:.0%}"
@@ -155,11 +155,14 @@ def _row(n: int, cores: int) -> Measured | None:
 
 
 # ---------------------------------------------------------------- measured: benchmarks/README.md, "Packed members"
-# Ratios of processor time, float32, 2026-11-27, two cores of an AMD server CPU under load: wall times mean little.
-# More cores than two are taken as two. One core and N above 32,928, and anything above 885,888, were not measured.
+# Wall time packed / one by one on an idle machine, 2026-11-27, two cores of an AMD server CPU, K = 4, the worse of
+# bfloat16 and float32 operands (the largest: bfloat16 alone). More cores than two are taken as two. One core and N
+# above 32,928, and anything above the last row, were not measured.
 MEASURED = (
     Measured(n=32_928, cores=1, ratio=1.0),
-    Measured(n=32_928, cores=2, ratio=0.83),
-    Measured(n=885_888, cores=2, ratio=0.79),
+    Measured(n=32_928, cores=2, ratio=0.70),
+    Measured(n=885_888, cores=2, ratio=0.93),
+    Measured(n=5_770_496, cores=2, ratio=0.88),
 )
+COMPILE_SECONDS = 4.0  # of a population's program, which the cache may lack while it holds that of a run alone
 STARTUP = Startup(run=0.82, member=0.53)  # processor seconds, 4 runs end to end less their steps
