@@ -40,7 +40,14 @@ def run_config(mesh: dict[str, int], kind: str, **train: Any) -> RunConfig:
                 **KINDS[kind],
             },
             "mesh": mesh,
-            "train": {"steps": STEPS, "batch_size": BATCH, "seq_len": SEQ, "steps_per_dispatch": STEPS, **train},
+            "train": {
+                "steps": STEPS,
+                "batch_size": BATCH,
+                "seq_len": SEQ,
+                "steps_per_dispatch": STEPS,
+                "compute_dtype": "float32",
+                **train,
+            },
         }
     )
 

@@ -35,6 +35,7 @@ RUN: dict[str, Any] = {
         "steps_per_dispatch": STEPS,
         "moe_sequence_balance_loss": 1e-3,
         "divergence_factor": 9.0,
+        "compute_dtype": "float32",
         "unroll_layers": False,
     },
 }
@@ -151,3 +152,12 @@ def test_scan_equals_unrolled(style: str) -> None:
 def test_sharded_equals_unsharded(style: str) -> None:
     mesh = {"data": 1, "fsdp": 2, "expert": 4}
     assert_same_training(family(style, mesh), jax.devices(), style)
+
+
+@pytest.mark.parametrize("style", subset("gemma3"))
+def test_bfloat16_operands_stay_near_float32(style: str) -> None:
+    """What most machines train with by default; a product that a CPU's compiler cannot run would end it here."""
+    found = trained(family(style, {"data": 1}, "train.compute_dtype=bfloat16"), jax.devices()[:1]).passes["compared"][0]
+    expected = alone(style).passes["compared"][0]
+    np.testing.assert_allclose(found["loss"][:3], expected["loss"][:3], rtol=0.01)
+    assert np.all(np.isfinite(found["grad_norm"]))
