@@ -115,8 +115,8 @@ def test_result_is_what_happened(store: Path, whole: Path):
         "tokens": tokens, "train_loss": rows[-1]["loss"], "eval_loss": evals[-1]["loss"],
         "eval_bits_per_byte": evals[-1]["bits_per_byte"], "eval_tokens": opened.tokens("held_out") - 1,
         "params_total": params.total, "params_active": params.active, "n": params.active_matmul,
-        "unique_tokens": batches.unique_tokens(TRAIN_STEPS), "epochs": batches.epochs(TRAIN_STEPS), "compute_dtype": "float32",
-        "fingerprint": opened.fingerprint,
+        "unique_tokens": batches.unique_tokens(TRAIN_STEPS), "epochs": batches.epochs(TRAIN_STEPS),
+        "fingerprint": opened.fingerprint, "compute_dtype": "float32",
     }  # fmt: skip
     per_token = training_flops_per_token(config.model, SEQ)
     expected |= {f"flops_{name}": pytest.approx(flops * tokens) for name, flops in per_token.items()}
