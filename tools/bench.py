@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_sides import SHAPES, run_config
+from bench_startup import bench_startup
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("llamax-f32", "llamax-bf16", "torch-eager-f32", "torch-compile-f32", "torch-compile-bf16")
@@ -145,70 +146,6 @@ def measure_peak(python: str, rounds: int = 3) -> dict[str, float]:
     for _ in range(rounds):
         worker.seconds(1)
     return worker.finish()["best_gflops"]
-
-
-# ---------------------------------------------------------------- start-up
-def bench_startup(python: str, repeats: int = 3) -> dict[str, dict[str, float]]:
-    """Seconds from launching `llamax train` on ladder/d16 to its first logged step, and to its end (40 steps).
-
-    `cold` compiles, `warm` finds the compilation cache (median of `repeats`), both with a ready token store;
-    `first_ever` also builds the store of the default corpus.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        here = Path(folder)
-        run = {
-            "model": {"base": "ladder/d16", "max_seq_len": 128},
-            "train": {"batch_size": 16, "seq_len": 128, "steps": 40},
-            "data": {"eval_tokens": 65536},
-        }
-        config = here / "run.yaml"
-        config.write_text(json.dumps(run))  # JSON is YAML
-
-        def launch(name: str) -> dict[str, float]:
-            say(f"start-up: {name}")
-            environment = {
-                **os.environ,
-                "PYTHONPATH": str(ROOT),
-                "JAX_PLATFORMS": "cpu",
-                "LLAMAX_CACHE": f"{here}/cache",
-            }
-            where = here / name
-            command = [
-                python,
-                "-c",
-                "from llamax.cli import main; main()",
-                "train",
-                str(config),
-                "--run-dir",
-                str(where),
-            ]
-            start = time.perf_counter()
-            log = (here / f"{name}.log").open("w+")  # a pipe nobody reads would fill and block the run
-            process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=log)
-            first = None
-            while process.poll() is None:
-                with contextlib.suppress(FileNotFoundError):
-                    if first is None and (where / "metrics.jsonl").stat().st_size:
-                        first = time.perf_counter() - start
-                time.sleep(0.01)
-            total = time.perf_counter() - start
-            log.seek(0)
-            last = log.read()[-2000:]
-            log.close()
-            if process.returncode or first is None:
-                raise RuntimeError(f"llamax train failed: {last}")
-            return {"first_step_seconds": first, "total_seconds": total}
-
-        def median(name: str) -> dict[str, float]:
-            runs = [launch(f"{name}-{i}") for i in range(repeats)]
-            return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-
-        figures = {"first_ever": launch("first-ever")}
-        for path in (here / "cache" / "xla").glob("*"):
-            path.unlink()
-        figures["cold"] = launch("cold")
-        figures["warm"] = median("warm")
-        return figures
 
 
 # ---------------------------------------------------------------- output

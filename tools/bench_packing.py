@@ -98,6 +98,7 @@ def _one_by_one(config: Any, members: int, device: Any) -> Callable[[int], list[
     """Runs each member `steps` on, one dispatch ahead of its metrics; their last losses."""
     import jax
     import jax.numpy as jnp
+    import numpy as np
 
     from llamax.train.setup import share_places
     from llamax.train.state import hyper_of, initializer
@@ -105,7 +106,7 @@ def _one_by_one(config: Any, members: int, device: Any) -> Callable[[int], list[
 
     rules, mesh, abstract = share_places(config, [device])
     build, capacity = initializer(config, abstract), config.train.steps_per_dispatch
-    states = [build(hyper_of(config, 100), jax.random.key(i)) for i in range(members)]
+    states = [build(hyper_of(config, 100), np.int32(i)) for i in range(members)]
     batches = jax.device_put(_batches(config), device)
     dispatch = make_dispatch(config, rules, mesh, abstract)
     dispatch = dispatch.lower(states[0], batches, jnp.int32(0)).compile()  # type: ignore[attr-defined]
@@ -130,6 +131,7 @@ def _one_by_one(config: Any, members: int, device: Any) -> Callable[[int], list[
 def _packed(config: Any, members: int, devices: Sequence[Any]) -> Callable[[int], list[float]]:
     """The same of one population."""
     import jax
+    import numpy as np
 
     from llamax.train.population import Ask, Population
     from llamax.train.setup import share_places
@@ -140,7 +142,7 @@ def _packed(config: Any, members: int, devices: Sequence[Any]) -> Callable[[int]
     build, capacity = initializer(config, abstract), config.train.steps_per_dispatch
     batches = jax.device_put(_batches(config), devices[0])
     population = Population(config, rules, mesh, abstract, devices)
-    asks = {i: Ask(build(hyper_of(config, 100), jax.random.key(i)), batches, 0) for i in range(members)}
+    asks = {i: Ask(build(hyper_of(config, 100), np.int32(i)), batches, 0) for i in range(members)}
     held = {i: answer.state for i, answer in population.serve(asks).items()}
     asks.clear()
 

@@ -1,15 +1,16 @@
 """Batches as pure functions: batch k of (store, seed, k), and the held-out split in order."""
 
+import functools
 import hashlib
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
-import grain
 import numpy as np
-from grain.experimental import index_shuffle
 from jaxtyping import Float32, Int32, Int64
 
 from llamax.data.format import Split, Store
+from llamax.data.permutation import shuffled
 from llamax.errors import UserError
 
 Draws = Int64[np.ndarray, "batch"]
@@ -33,9 +34,8 @@ class TrainBatches:
     """
 
     # Why not MapDataset.source(windows).shuffle(seed).repeat().batch(n): Grain's bookkeeping costs 20 us an element
-    # and its mix() rounds weights to 1/100 of the smallest. The permutation is Grain's own, called directly, so one
-    # source is in the very order that pipeline gives (a test compares them), and the rows are gathered at once: on one
-    # busy machine 8 x 128 takes 239 us that way and 34 us this way, 32 x 256 890 us and 125 us.
+    # and its mix() rounds weights to 1/100 of the smallest. One source is in the very order that pipeline gives (a test
+    # compares them), but the rows of many steps are found and gathered at once (benchmarks/README.md, Data).
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class TrainBatches:
         self.batch_size, self.seq_len = batch_size, seq_len
         self._mask = mask_documents
         local = batch_size // process_count
-        self._first, self._last = process_index * local, (process_index + 1) * local
+        self._mine = np.arange(process_index * local, (process_index + 1) * local, dtype=np.int64)
         self._sources = store.sources
         self._windows = [(len(source.train.tokens) - 1) // seq_len for source in store.sources]
         self._seeds = [_source_seed(seed, i) for i in range(len(store.sources))]
@@ -69,19 +69,29 @@ class TrainBatches:
         self._views = [
             np.lib.stride_tricks.sliding_window_view(s.train.tokens, seq_len + 1)[::seq_len] for s in store.sources
         ]
-        self.dataset = grain.MapDataset.range(sys.maxsize).map(self)
+
+    @functools.cached_property
+    def dataset(self) -> Any:
+        """The batches as a Grain dataset; Grain is imported only for who asks."""
+        import grain
+
+        return grain.MapDataset.range(sys.maxsize).map(self)
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         """`tokens` [local_batch, seq_len + 1] int32, and `segments` alike when documents are masked.
 
         Segments number the documents of a window from 1; an end-of-document token belongs to the document it ends.
         """
-        draws = np.arange(step * self.batch_size + self._first, step * self.batch_size + self._last, dtype=np.int64)
-        source, window = self._windows_of(draws)
+        return {name: rows[0] for name, rows in self.of_steps(step, 1).items()}
+
+    def of_steps(self, step: int, count: int) -> dict[str, np.ndarray]:
+        """The batches of `count` steps from `step` on, stacked: [count, local_batch, seq_len + 1]."""
+        steps = np.arange(step, step + count, dtype=np.int64)
+        source, window = self._windows_of((steps[:, None] * self.batch_size + self._mine).ravel())
         batch = {"tokens": self._gather(source, window, lambda i, rows: self._views[i][rows])}
         if self._mask:
             batch["segments"] = self._gather(source, window, self._segments)
-        return batch
+        return {name: rows.reshape(count, len(self._mine), -1) for name, rows in batch.items()}
 
     def _gather(self, source: Int64[np.ndarray, "batch"], window: Int64[np.ndarray, "batch"], rows: Rows) -> np.ndarray:
         """`rows(i, windows)` of every source, each in its place: [batch, seq_len + 1] int32."""
@@ -98,17 +108,23 @@ class TrainBatches:
     def _windows_of(self, draws: Draws) -> tuple[Draws, Draws]:
         """The source of each draw, and the window of it."""
         if len(self._sources) == 1:
-            return np.zeros_like(draws), np.array([self._shuffled(0, i) for i in draws.tolist()], np.int64)
+            return np.zeros_like(draws), self._shuffled(0, draws)
         before = _drawn(draws, self._shares)
         source = np.argmax(_drawn(draws + 1, self._shares) - before, axis=0)
         place = before[source, np.arange(len(draws))]
-        pairs = zip(source.tolist(), place.tolist(), strict=True)
-        return source, np.array([self._shuffled(i, k) for i, k in pairs], np.int64)
+        window = np.empty_like(place)
+        for i in np.unique(source).tolist():
+            window[source == i] = self._shuffled(i, place[source == i])
+        return source, window
 
-    def _shuffled(self, source: int, i: int) -> int:
-        """The window that is the i-th drawn from `source`: MapDataset.shuffle(seed).repeat() at i."""
-        epoch, place = divmod(i, self._windows[source])
-        return index_shuffle(place, self._windows[source] - 1, (self._seeds[source] + epoch) % 2**32, 4)
+    def _shuffled(self, source: int, drawn: Draws) -> Draws:
+        """The windows that are drawn as these from `source`: MapDataset.shuffle(seed).repeat() there."""
+        epoch, place = np.divmod(drawn, self._windows[source])
+        window = np.empty_like(place)
+        for e in np.unique(epoch).tolist():
+            seed = (self._seeds[source] + e) % 2**32
+            window[epoch == e] = shuffled(place[epoch == e], self._windows[source], seed)
+        return window
 
     def epochs(self, step: int) -> float:
         """Passes over the most repeated source after `step` steps."""

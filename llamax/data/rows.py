@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from llamax.config.run import HuggingFaceDataset
 from llamax.errors import UserError
 
 PART_BYTES = 8 << 20
@@ -155,15 +154,14 @@ def _dataset(path: str, name: str | None, split: str) -> Any:
         ) from None
 
 
-def dataset_parts(source: HuggingFaceDataset) -> list[Part]:
+def dataset_parts(path: str, name: str | None, split: str, field: str) -> list[Part]:
     """Ranges of rows; the path of a part carries the three words that load the dataset."""
-    data = _dataset(source.path, source.name, source.split)
-    if source.field not in data.column_names:
+    data = _dataset(path, name, split)
+    if field not in data.column_names:
         raise UserError(
-            f"{source.path}: no column {source.field!r} among {', '.join(data.column_names[:8])}; "
-            "set the source's `field`"
+            f"{path}: no column {field!r} among {', '.join(data.column_names[:8])}; set the source's `field`"
         )
-    rows, key = len(data), json.dumps([source.path, source.name, source.split])
+    rows, key = len(data), json.dumps([path, name, split])
     stamp = int(str(getattr(data, "_fingerprint", "0"))[:15], 16)
     row_bytes = max(1, int(data.dataset_size or 1000 * rows) // max(rows, 1))
     return [

@@ -1,4 +1,4 @@
-"""The parallel half of a build: reading and tokenizing shards. Imports no JAX: worker processes start fast."""
+"""The parallel half of a build: reading and tokenizing shards. Imports no JAX and no config: workers start fast."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from llamax.data.files import atomic_write
-from llamax.data.sources import Document, Piece, Skip, read_piece
+from llamax.data.pieces import Document, Piece, Skip, read_piece
 from llamax.data.split import DIGEST_BYTES, digest, parts
 from llamax.errors import UserError
 from llamax.text.open import load_tokenizer
 from llamax.text.tokenizers import Tokenizer
 
-SHARD_BYTES = 4 << 20
+SHARD_BYTES = 1 << 20  # small, so that the last ones end together
 SPLITS = ("train", "held_out")
 MAX_NAMED_SKIPS = 200  # a source; the counts are always complete
 

@@ -1,4 +1,4 @@
-"""Where documents come from. A source lists its pieces, cheaply; a worker reads a piece into documents."""
+"""Where documents come from: a source lists its pieces, cheaply (pieces.py reads them)."""
 
 from __future__ import annotations
 
@@ -12,34 +12,10 @@ from pathlib import Path
 
 from llamax.config import run as config
 from llamax.data import rows
+from llamax.data.pieces import Piece, Skip
 from llamax.errors import UserError
 
 IGNORED_FOLDERS = ("__pycache__", "site-packages", "dist-packages", "node_modules")
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of a source that is read in one go: a file, a byte range of one, a row group.
-
-    `size` is in bytes (an estimate for some kinds); `stamp` changes when the content does.
-    """
-
-    kind: str
-    name: str
-    path: str
-    size: int
-    stamp: int = 0
-    start: int = 0
-    stop: int = 0
-    column: str = ""
-
-
-@dataclass(frozen=True)
-class Skip:
-    """Something that was passed over, and why: `empty`, `binary`, `not UTF-8` or `unreadable`."""
-
-    name: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -50,12 +26,6 @@ class Listing:
     pieces: tuple[Piece, ...]
     other: Counter[str] = field(default_factory=Counter)
     unlisted: tuple[Skip, ...] = ()
-
-
-@dataclass(frozen=True)
-class Document:
-    name: str
-    text: str
 
 
 # ---------------------------------------------------------------- listing
@@ -71,7 +41,8 @@ def list_source(source: config.Source, where: str) -> Listing:
     if isinstance(source, config.PythonSource):
         return _python(source)
     if isinstance(source, config.HuggingFaceDataset):
-        return Listing(f"datasets {source.path}", tuple(_pieces("datasets", rows.dataset_parts(source), source.field)))
+        parts = rows.dataset_parts(source.path, source.name, source.split, source.field)
+        return Listing(f"datasets {source.path}", tuple(_pieces("datasets", parts, source.field)))
     if isinstance(source, config.TextFiles):
         return _files(source.paths, source.suffixes, where)
     suffixes = (".jsonl", ".jsonl.gz", ".ndjson") if isinstance(source, config.Jsonl) else (".parquet",)
@@ -163,46 +134,3 @@ def _walk(folder: str, label: str, suffixes: tuple[str, ...], other: Counter[str
     return [
         Piece("file", f"{label}/{relative}", path, info.st_size, info.st_mtime_ns) for relative, path, info in found
     ]
-
-
-# ---------------------------------------------------------------- reading
-def read_piece(piece: Piece) -> Iterator[Document | Skip]:
-    """The documents of one piece, in order, with a `Skip` for each thing that is no text.
-
-    Text is UTF-8 (a byte-order mark is dropped); line ends stay as they are.
-
-    Raises:
-        UserError: a row that is not what its file says (bad JSON, a missing field), with file and line.
-    """
-    if piece.kind == "file":
-        yield _read_file(piece)
-        return
-    read = {"jsonl": rows.read_jsonl, "parquet": rows.read_parquet, "datasets": rows.read_dataset}[piece.kind]
-    for number, text in read(rows.Part(piece.path, piece.start, piece.stop, piece.size, piece.stamp), piece.column):
-        yield _checked(f"{piece.name}:{number}", text or "")
-
-
-def _read_file(piece: Piece) -> Document | Skip:
-    try:
-        with open(piece.path, "rb") as file:
-            data = file.read()
-    except OSError:
-        return Skip(piece.name, "unreadable")
-    if b"\0" in data:
-        return Skip(piece.name, "binary")
-    try:
-        return _checked(piece.name, data.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        return Skip(piece.name, "not UTF-8")
-
-
-def _checked(name: str, text: str) -> Document | Skip:
-    if not text:
-        return Skip(name, "empty")
-    if "\0" in text:
-        return Skip(name, "binary")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # half a surrogate pair, which a JSON escape can spell
-        return Skip(name, "not UTF-8")
-    return Document(name, text)

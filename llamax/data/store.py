@@ -29,6 +29,7 @@ from llamax.data.format import (
     read_manifest,
     verify_store,
 )
+from llamax.data.pieces import Document, read_piece
 from llamax.data.shards import (
     MAX_NAMED_SKIPS,
     SHARD_BYTES,
@@ -42,7 +43,7 @@ from llamax.data.shards import (
     tokenize_shard,
     workers,
 )
-from llamax.data.sources import Document, Listing, list_source, read_piece
+from llamax.data.sources import Listing, list_source
 from llamax.data.split import fates, parts
 from llamax.errors import UserError
 from llamax.text.open import load_tokenizer

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import os
 import signal
@@ -146,6 +147,7 @@ def _silent(kind: str, cell: str, details: dict[str, Any]) -> None:
 # ---------------------------------------------------------------- the process
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m llamax.sweep.worker STUDY`: exit code 0 all settled, 143 asked to stop, 2 bad input."""
+    gc.set_threshold(100_000)  # as the command line does
     parser = argparse.ArgumentParser(prog="python -m llamax.sweep.worker", description="Train the cells of a study.")
     parser.add_argument("study", type=Path)
     parser.add_argument("--cores", help="comma-separated cores to run on")

@@ -61,30 +61,35 @@ class SentencePieceTokenizer:
         self._names = {i: name for name, i in self.specials.items()}
         self.vocab_size = max([self._count - 1, *self._added.values()]) + 1
         bytes_of_space = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in self.SPACE.encode()]
-        self._literal = bytes_of_space if all(self._pieces.is_byte(i) for i in bytes_of_space) else None
+        exact = all(self._pieces.is_byte(i) for i in bytes_of_space)
+        self._literal = np.array(bytes_of_space, np.int32) if exact else None
 
     def encode(
         self, text: str, *, bos: bool = False, specials: bool = False, start: bool = True
     ) -> Int32[np.ndarray, tokens]:
-        ids: list[int] = [self.bos_id] if bos and self.bos_id is not None else []
+        begin = [self.bos_id] if bos and self.bos_id is not None else []
+        if not specials:
+            ids = self._encode(text, start)
+            return np.append(np.int32(begin[0]), ids) if begin else ids
+        mixed = list(begin)
 
         def plain(part: str) -> list[int]:
-            first = start if len(ids) == (bos and self.bos_id is not None) else ids[-1] == self._begin
-            return self._encode(part, first)
+            first = start if len(mixed) == len(begin) else mixed[-1] == self._begin
+            return self._encode(part, first).tolist()
 
-        for i in pieces(text, self.specials if specials else {}, plain):
-            ids.append(i)
-        return ids_of(ids)
+        for i in pieces(text, self.specials, plain):
+            mixed.append(i)
+        return ids_of(mixed)
 
-    def _encode(self, text: str, start: bool) -> list[int]:
+    def _encode(self, text: str, start: bool) -> Int32[np.ndarray, tokens]:
         first = self._pieces if start else self._after
         if self._literal is None or self.SPACE not in text:
-            return first.encode(text)
+            return first.encode_as_numpy(text)
         head, *rest = text.split(self.SPACE)
-        ids = first.encode(head)
+        parts = [first.encode_as_numpy(head)]
         for part in rest:
-            ids += self._literal + self._after.encode(part)
-        return ids
+            parts += [self._literal, self._after.encode_as_numpy(part)]
+        return np.concatenate(parts)
 
     def decode(self, ids: Ids, *, specials: bool = False) -> str:
         out: list[str] = []

@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,10 @@ from llamax.train.progress import Progress
 from llamax.train.remat import rematerialization
 from llamax.train.rows import plain
 from llamax.train.run_dir import Run, open_run
-from llamax.train.setup import Common, batches_of, load_dispatch, share
+from llamax.train.setup import Common, batches_of, dispatch_shapes, load_dispatch, share
 from llamax.train.signals import StopRequest, stop_signals
-from llamax.train.state import TrainState, hyper_of
-from llamax.train.step import execution_of, make_dispatch
+from llamax.train.state import TrainState, hyper_of, seed_of
+from llamax.train.step import Batch, Dispatch, execution_of, make_dispatch
 
 SECONDS_PER_DISPATCH = 1.0  # a dispatch is cut to about this, so that a signal is answered and progress is seen
 
@@ -59,8 +60,20 @@ def train(
     start()
     chosen = begun_with(config, run_dir, jax.devices() if devices is None else devices)
     common = share(config, devices)
-    run = run_steps(config, run_dir, common, chosen, report=report, signals=stop_signals)
-    return alone(run, make_dispatch(with_dtype(config, chosen.dtype), common.rules, common.mesh, common.abstract))
+    with ThreadPoolExecutor(1, "compile") as beside:  # XLA compiles on the cores that restoring leaves idle
+        program: list[Future[Dispatch]] = []
+
+        def begin() -> None:
+            program.append(beside.submit(compile_dispatch, with_dtype(config, chosen.dtype), common))
+
+        run = run_steps(config, run_dir, common, chosen, report=report, signals=stop_signals, begin=begin)
+        return alone(run, lambda: program[0].result())
+
+
+def compile_dispatch(config: RunConfig, common: Common) -> Dispatch:
+    """The program of a run, compiled from shapes alone."""
+    dispatch = make_dispatch(config, common.rules, common.mesh, common.abstract)
+    return dispatch.lower(*dispatch_shapes(config, common)).compile()  # type: ignore[attr-defined]
 
 
 def run_steps(
@@ -71,14 +84,18 @@ def run_steps(
     *,
     report: Report | None,
     signals: Signals,
+    begin: Callable[[], None] = lambda: None,
 ) -> Coroutine:
-    """`train` as a coroutine, which asks for its dispatches instead of running them (see population.py)."""
+    """`train` as a coroutine, which asks for its dispatches instead of running them (see population.py).
+
+    `begin` is called before anything slow once there are steps to run, as far as checkpoints' names tell.
+    """
     batches = batches_of(config, common.store)
     with open_run(run_dir, config, common.store.fingerprint, chosen._asdict()) as run:
         if run.result is not None:
             return run.result
         session = _Session(config, horizon(config), run, common, batches, chosen, report or _silent)
-        return (yield from session.run(signals))
+        return (yield from session.run(signals, begin))
 
 
 class _Session:
@@ -108,11 +125,13 @@ class _Session:
         self.rate: float | None = None
         self.train_seconds = 0.0
         self.train_steps = 0
+        self.data_seconds = 0.0  # in which the device may have waited for batches
 
     # ------------------------------------------------------------ the run, top to bottom
-    def run(self, signals: Signals) -> Coroutine:
+    def run(self, signals: Signals, begin: Callable[[], None]) -> Coroutine:
         """Restore, compile, train, evaluate, finish."""
         steps = self.horizon.steps
+        begin()
         with Checkpoints(self.run_dir.path / "checkpoints", self.config.checkpoint, on_warning=_warn) as checkpoints:
             self._progress(0, "restore")
             state: TrainState | Seat
@@ -121,10 +140,11 @@ class _Session:
             if left:
                 self._progress(step, "compile")
                 self._say_choices()
-                state = (yield Ask(state, self._load(0), 0)).state
+                batches = self._load(step, None)
+                state = (yield Ask(state, batches, 0)).state
             with signals() as stop:
                 if left:
-                    state, cause = yield from self._train(state, step, checkpoints, stop)
+                    state, cause = yield from self._train(state, step, batches, checkpoints, stop)
                 final = whole(state)
                 step = int(final.step)
                 self._save(checkpoints, step, final, permanent=True, cause=cause)
@@ -144,15 +164,16 @@ class _Session:
         found = checkpoints.restore(self.common.abstract)
         if found is None:
             self.run_dir.rewind(0)
-            key = jax.random.key(self.config.train.seed)
-            return self.common.initialize(hyper_of(self.config, self.horizon.steps), key), 0, None
+            hyper = hyper_of(self.config, self.horizon.steps)
+            return self.common.initialize(hyper, seed_of(self.config)), 0, None
         step, state, meta = found
         self.seconds_before, self.loss = float(meta.get("seconds", 0.0)), meta.get("loss")
+        self.data_seconds = float(meta.get("data_seconds", 0.0))
         self.run_dir.rewind(step, meta.get("newest"))
         return state, step, meta.get("cause")
 
     def _train(
-        self, state: TrainState | Seat, step: int, checkpoints: Checkpoints, stop: StopRequest
+        self, state: TrainState | Seat, step: int, batches: Batch, checkpoints: Checkpoints, stop: StopRequest
     ) -> Generator[Ask, Answer, tuple[TrainState | Seat, str | None]]:
         """Dispatch until the horizon, one dispatch ahead of the metrics; (state, cause of divergence)."""
         steps, cause = self.horizon.steps, None
@@ -160,12 +181,11 @@ class _Session:
             self._evaluate(whole(state), step, stop)
         self.fetched_at = (step, time.perf_counter())
         pending: Pending | None = None
-        batches = self._load(step)
         while step < steps and cause is None:
             state, metrics, ran, count = yield Ask(state, batches, self._count(step))
             previous, pending = pending, (step, metrics, ran)
             step += count
-            batches = self._load(step) if step < steps else batches
+            batches = self._load(step, ran) if step < steps else batches
             cause = self._fetch(previous)
             save = checkpoints.due(step) if step < steps else None
             if cause is not None or not (self._evaluation_due(step) or save or stop):
@@ -216,10 +236,18 @@ class _Session:
         every = self.config.train.eval_every_steps
         return every is not None and 0 < step < self.horizon.steps and step % every == 0
 
-    def _load(self, step: int) -> dict[str, jax.Array]:
-        """The batches of the dispatch that starts at `step` on the mesh, padded with zeros to the compiled capacity."""
+    def _load(self, step: int, running: Any) -> dict[str, jax.Array]:
+        """The batches of the dispatch that starts at `step` on the mesh, padded with zeros to the compiled capacity.
+
+        Loading takes no time from training while the device is busy: its seconds count as waited for unless `running`,
+        a result of the dispatch before, is still to come when they are over.
+        """
+        start = time.perf_counter()
         capacity, place = self.config.train.steps_per_dispatch, batch_sharding(self.rules, self.mesh, leading=1)
-        return load_dispatch(self.batches, step, self.horizon.steps, capacity, place)
+        loaded = load_dispatch(self.batches, step, self.horizon.steps, capacity, place)
+        if running is None or running.is_ready():
+            self.data_seconds += time.perf_counter() - start
+        return loaded
 
     def _fetch(self, pending: Pending | None) -> str | None:
         """Bring one dispatch's metrics to the host, log its rows, report; the cause if the run diverged."""
@@ -323,6 +351,7 @@ class _Session:
             "n": params.active_matmul,
             **{f"flops_{name}": per_token * seen for name, per_token in self.flops_per_token.items()},
             "seconds": self._seconds(),
+            "data_seconds": self.data_seconds,
             "tokens_per_second": self.train_steps * self.tokens_per_step / self.train_seconds
             if self.train_seconds
             else None,
@@ -339,8 +368,9 @@ class _Session:
     ) -> None:
         """Start a checkpoint, with what the next process needs besides the state."""
         self.run_dir.sync()
-        meta = {"seconds": self._seconds(), "loss": self.loss, "cause": cause, "newest": self.run_dir.newest}
-        checkpoints.save(step, state, {**meta, "fingerprint": self.store.fingerprint}, permanent)
+        meta: dict[str, Any] = {"seconds": self._seconds(), "data_seconds": self.data_seconds, "loss": self.loss}
+        meta |= {"cause": cause, "newest": self.run_dir.newest, "fingerprint": self.store.fingerprint}
+        checkpoints.save(step, state, meta, permanent)
 
     def _progress(self, step: int, phase: str) -> None:
         rate = self.rate

@@ -8,7 +8,7 @@ stops asking. Members share shapes and programs; every number that differs betwe
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from llamax.config.run import RunConfig
 from llamax.mesh.rules import Rules
 from llamax.model.execution import Execution
 from llamax.train.state import TrainState
-from llamax.train.step import Batch, Dispatch, execution_of, updates
+from llamax.train.step import Batch, Dispatch, compiler_options, execution_of, updates
 
 MEMBER = "member"
 
@@ -47,17 +47,17 @@ class Answer(NamedTuple):
 Coroutine = Generator[Ask, Answer, dict[str, Any]]
 
 
-def alone(run: Coroutine, dispatch: Dispatch) -> dict[str, Any]:
-    """The result of one run, its dispatches compiled ahead of time, so that those seconds never count as training."""
+def alone(run: Coroutine, compiled: Callable[[], Dispatch]) -> dict[str, Any]:
+    """The result of one run by the program that `compiled` waits for, whose seconds so never count as training."""
     program: Any = None
     try:
         ask = next(run)
         while True:
             if program is None:
-                program = dispatch.lower(ask.state, ask.batches, jnp.int32(0)).compile()  # type: ignore[attr-defined]
+                program = compiled()
                 answer = Answer(ask.state, {}, 0, 0)
             else:
-                state, metrics, ran = program(ask.state, ask.batches, jnp.int32(ask.steps))
+                state, metrics, ran = program(ask.state, ask.batches, np.int32(ask.steps))
                 answer = Answer(state, metrics, ran, ask.steps)
                 del state
             del ask  # its state is donated
@@ -125,6 +125,10 @@ class Row:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(np.asarray(self.array)[self.row], dtype)  # JAX keeps the host copy for the other members
 
+    def is_ready(self) -> bool:
+        """Whether the device is done with it."""
+        return self.array.is_ready()  # type: ignore[attr-defined]
+
 
 def whole(state: TrainState | Seat) -> TrainState:
     """The state itself: of a run alone, or a copy of a member's row of its population as it is now."""
@@ -164,7 +168,8 @@ class Population:
         self._cut = NamedSharding(members, PartitionSpec(MEMBER))
         batched = devices[0].platform != "cpu"
         dispatch = population_dispatch(config, execution_of(config, rules, mesh), members, batched)
-        self._dispatch = jax.jit(dispatch, donate_argnums=0, out_shardings=self._cut)
+        options = compiler_options(devices)
+        self._dispatch = jax.jit(dispatch, donate_argnums=0, out_shardings=self._cut, compiler_options=options)
         self._stack = jax.jit(lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees))
         self._pick = jax.jit(
             lambda state, row: jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, row, keepdims=False), state),

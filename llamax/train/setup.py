@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,18 +15,18 @@ from llamax.data.batches import TrainBatches
 from llamax.data.open import open_data
 from llamax.data.store import Store
 from llamax.errors import UserError
-from llamax.mesh.rules import Rules, batch_ways, load_rules, make_mesh
+from llamax.mesh.rules import Rules, batch_sharding, batch_ways, load_rules, make_mesh
 from llamax.train.state import TrainState, abstract_state, initializer
 
 
 class Common(NamedTuple):
-    """What runs of one shape on the same data share; `initialize(hyper, key)` is the program that makes a state."""
+    """What runs of one shape on the same data share; `initialize(hyper, seed)` is the program that makes a state."""
 
     store: Store
     rules: Rules
     mesh: Mesh
     abstract: TrainState  # shapes with shardings
-    initialize: Callable[[dict[str, jax.Array], jax.Array], TrainState]
+    initialize: Callable[[dict[str, jax.Array], np.int32], TrainState]
 
 
 class Setup(NamedTuple):
@@ -86,15 +86,21 @@ def load_dispatch(
 
     Padded with zeros to `capacity`, which the dispatch is compiled for.
     """
-    rows = [batches(k) for k in range(first, min(first + capacity, stop))]
+    count, loaded = min(capacity, stop - first), {}
+    for name, rows in batches.of_steps(first, count).items():
+        if count < capacity:
+            rows = np.concatenate([rows, np.zeros((capacity - count, *rows.shape[1:]), rows.dtype)])
+        loaded[name] = jax.make_array_from_process_local_data(place, rows)
+    return loaded
 
-    def stack(name: str) -> jax.Array:
-        host = np.zeros((capacity, *rows[0][name].shape), rows[0][name].dtype)
-        for i, row in enumerate(rows):
-            host[i] = row[name]
-        return jax.make_array_from_process_local_data(place, host)
 
-    return {name: stack(name) for name in rows[0]}
+def dispatch_shapes(config: RunConfig, common: Common) -> tuple[TrainState, dict[str, Any], Any]:
+    """What a dispatch is given, (state, batches, count), as shapes with shardings: enough to compile it."""
+    train, place = config.train, batch_sharding(common.rules, common.mesh, leading=1)
+    shape = (train.steps_per_dispatch, train.batch_size, train.seq_len + 1)
+    names = ["tokens", "segments"] if config.data.mask_documents else ["tokens"]
+    batches = {name: jax.ShapeDtypeStruct(shape, np.int32, sharding=place) for name in names}
+    return common.abstract, batches, jax.ShapeDtypeStruct((), np.int32)
 
 
 def _check_vocabulary(config: RunConfig, store: Store) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
@@ -41,11 +43,17 @@ def hyper_of(config: RunConfig, total_steps: int) -> dict[str, Array]:
     values = hyperparameters(config.optimizer, config.schedule, total_steps)
     for name in TRAIN_NUMBERS:
         values[name] = getattr(config.train, name)
-    return {name: jnp.float32(value) for name, value in values.items()}
+    return jax.device_put({name: np.float32(value) for name, value in values.items()})  # jnp.float32 would compile
 
 
-def _initial(config: RunConfig, hyper: dict[str, Array], key: Array) -> TrainState:
-    model = Transformer(config.model, key=key)
+def seed_of(config: RunConfig) -> np.int32:
+    """The seed as `jax.random.key` takes it: its low 32 bits."""
+    return np.int32(np.array(config.train.seed).astype(np.int32))
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)  # traced once for the shapes and the state itself
+def _initial(config: RunConfig, hyper: dict[str, Array], seed: Array) -> TrainState:
+    model = Transformer(config.model, key=jax.random.key(seed))
     opt_state = make_optimizer(config.optimizer, hyper, hyper["lr"]).init(model)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(model, opt_state, zero, zero, jnp.float32(jnp.nan), hyper)
@@ -57,22 +65,22 @@ def abstract_state(config: RunConfig, rules: Rules, mesh: Mesh) -> TrainState:
     Raises:
         UserError: a rule or an axis that does not fit, naming the array.
     """
-    shapes = jax.eval_shape(lambda h, k: _initial(config, h, k), hyper_of(config, 1), jax.random.key(0))
+    shapes = jax.eval_shape(lambda h, s: _initial(config, h, s), hyper_of(config, 1), np.int32(0))
     places = shardings(shapes, shapes.model, rules, mesh)
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
     )
 
 
-def initializer(config: RunConfig, abstract: TrainState) -> Callable[[dict[str, Array], Array], TrainState]:
-    """The program `build(hyper, key)` behind `init_state`, which runs that differ in those two can share."""
+def initializer(config: RunConfig, abstract: TrainState) -> Callable[[dict[str, Array], np.int32], TrainState]:
+    """The program `build(hyper, seed)` behind `init_state`, which runs that differ in those two can share."""
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     # Run once, so its compilation is what it costs: on a CPU, LLVM's optimizer takes three quarters of it for nothing.
     on_cpu = next(iter(jax.tree.leaves(places)[0].device_set)).platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if on_cpu else None
-    return jax.jit(lambda h, k: _initial(config, h, k), out_shardings=places, compiler_options=options)
+    return jax.jit(lambda h, s: _initial(config, h, s), out_shardings=places, compiler_options=options)
 
 
 def init_state(config: RunConfig, total_steps: int, abstract: TrainState) -> TrainState:
     """A fresh state, each array made where it belongs; the same numbers on every mesh."""
-    return initializer(config, abstract)(hyper_of(config, total_steps), jax.random.key(config.train.seed))
+    return initializer(config, abstract)(hyper_of(config, total_steps), seed_of(config))

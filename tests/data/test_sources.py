@@ -13,7 +13,8 @@ import pytest
 
 from llamax.config.run import HuggingFaceDataset, Jsonl, Parquet, PythonSource, TextFiles
 from llamax.data import rows
-from llamax.data.sources import Document, Skip, list_source, read_piece
+from llamax.data.pieces import Document, Skip, read_piece
+from llamax.data.sources import list_source
 from llamax.errors import UserError
 
 
