@@ -6,14 +6,15 @@ import gc
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from llamax import converting, generating, profiling
-from llamax.console import Json
+from llamax import converting, generating, profiling, sweeping
+from llamax.console import Json, Overrides, StudyPath
 from llamax.console import emit as _emit
 from llamax.console import print_json as _print_json
+from llamax.console import show as _print
 from llamax.errors import Interrupted, UserError
 
 app = typer.Typer(
@@ -22,11 +23,10 @@ app = typer.Typer(
     add_completion=False,
     help="Plan, train, fit, predict, check: scaling research on the open-weight Llama lineage.",
 )
-sweep_app = typer.Typer(no_args_is_help=True, help="Plan a sweep, run it with any number of workers, watch it.")
 data_app = typer.Typer(no_args_is_help=True, help="Build and inspect token stores.")
 model_app = typer.Typer(no_args_is_help=True, help="The shipped models and what they cost.")
 config_app = typer.Typer(no_args_is_help=True, help="Show configs, or their JSON Schema.")
-app.add_typer(sweep_app, name="sweep")
+app.add_typer(sweeping.app, name="sweep")
 app.add_typer(data_app, name="data")
 app.add_typer(model_app, name="model")
 app.add_typer(config_app, name="config")
@@ -35,9 +35,7 @@ app.command("profile")(profiling.profile)
 model_app.command("import")(converting.model_import)
 model_app.command("export")(converting.model_export)
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b.c=value]...", help="Config fields to set.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
-StudyPath = Annotated[Path, typer.Argument(metavar="DIR", help="A study, a run, or a folder of them.")]
 
 
 def main() -> None:
@@ -122,94 +120,6 @@ def evaluate(
     from llamax.train.load import evaluate_run
 
     _emit(evaluate_run(run, overrides or []), as_json)
-
-
-# ---------------------------------------------------------------- sweeps
-SweepSpec = Annotated[str, typer.Argument(metavar="SWEEP", help="A shipped sweep, a YAML path, or a study directory.")]
-Packing = Annotated[
-    str, typer.Option(help="Train cells of one shape together: auto (where a gain is expected), never, or at most N.")
-]
-
-
-@sweep_app.command("plan")
-def sweep_plan(
-    sweep: SweepSpec,
-    overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Write the plan as a study directory, ready to run.")] = None,
-    corpus_tokens: Annotated[int | None, typer.Option(help="Training tokens of the corpus, for epochs.")] = None,
-    workers: Annotated[int, typer.Option(help="Workers to estimate the time for.")] = 1,
-    pack: Packing = "auto",
-    as_json: Json = False,
-) -> None:
-    """Print every cell with its derived numbers and the rules that made them, before a FLOP is spent."""
-    from llamax.config.sweep import load_sweep
-    from llamax.sweep.packing import groups, parse_pack
-    from llamax.sweep.plan import make_plan
-    from llamax.sweep.process import cores
-    from llamax.sweep.study import open_study, read_study
-    from llamax.sweep.tables import plan_tables
-
-    how = parse_pack(pack)
-    if (Path(sweep) / "plan.json").is_file():
-        plan = read_study(Path(sweep))
-    else:
-        plan = make_plan(load_sweep(sweep, overrides or []), corpus_tokens=corpus_tokens)
-    if out is not None:
-        open_study(out, plan)
-    each = max(1, len(cores()) // max(1, workers))
-    packed = groups(plan.cells, how, workers=max(1, workers), cores=each)
-    if as_json:
-        _print_json(plan.as_dict() | {"populations": [group.as_dict() for group in packed]})
-    else:
-        _print(*plan_tables(plan, workers, packed))
-
-
-@sweep_app.command("run")
-def sweep_run(
-    sweep: SweepSpec,
-    overrides: Overrides = None,
-    directory: Annotated[Path | None, typer.Option("--dir", help="Study directory; default runs/<name>.")] = None,
-    workers: Annotated[int, typer.Option(help="Worker processes on this machine.")] = 1,
-    retry_failed: Annotated[bool, typer.Option(help="Try failed cells again.")] = False,
-    pack: Packing = "auto",
-    as_json: Json = False,
-) -> None:
-    """Train the cells of a sweep; any number of these commands may race on one study."""
-    from llamax.config.sweep import load_sweep
-    from llamax.sweep.live import live
-    from llamax.sweep.local import run_local
-    from llamax.sweep.packing import parse_pack
-    from llamax.sweep.plan import make_plan
-    from llamax.sweep.study import open_study
-    from llamax.sweep.tables import status_table
-
-    how = parse_pack(pack)
-    path = Path(sweep)
-    if not (path / "plan.json").is_file():
-        spec = load_sweep(sweep, overrides or [])
-        path = directory or Path("runs") / spec.name
-        open_study(path, make_plan(spec))
-    with live() as watch:
-        found = run_local(path, workers=workers, report=watch, retry_failed=retry_failed, pack=how)
-    if as_json:
-        _print_json(found)
-    else:
-        _print(status_table(found))
-    if found["counts"].get("failed"):
-        sys.exit(1)
-
-
-@sweep_app.command("status")
-def sweep_status(study: StudyPath, as_json: Json = False) -> None:
-    """What is done, running, failed and pending."""
-    from llamax.sweep.status import status
-    from llamax.sweep.tables import status_table
-
-    found = status(study)
-    if as_json:
-        _print_json(found)
-    else:
-        _print(status_table(found))
 
 
 # ---------------------------------------------------------------- after the runs
@@ -394,15 +304,6 @@ def doctor(as_json: Json = False) -> None:
     from llamax.doctor import examine
 
     _emit(examine(), as_json)
-
-
-# ---------------------------------------------------------------- printing
-def _print(*renderables: Any) -> None:
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 100)
-    for item in renderables:
-        console.print(item)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,19 @@ if TYPE_CHECKING:
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b.c=value]...", help="Config fields to set.")]
+StudyPath = Annotated[Path, typer.Argument(metavar="DIR", help="A study, a run, or a folder of them.")]
+
+
+def show(*renderables: Any) -> None:
+    """Tables and text on stdout, 100 columns wide where that is no terminal."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    for item in renderables:
+        console.print(item)
+
+
 def print_json(value: Any) -> None:
     """A result for a program."""
     print(json.dumps(value, allow_nan=False, default=str))

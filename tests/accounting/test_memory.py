@@ -51,6 +51,7 @@ def test_activations_are_within_a_factor_of_two_of_xla(remat: str, change: list[
     from llamax.model.transformer import Transformer
 
     size = ["model=ladder/d128", "model.attention={heads: 4, kv_heads: 2, head_dim: 32}", "train.batch_size=8"]
+    size += ["train.compute_dtype=float32"]
     config = load_run("tiny", [*size, f"train.remat={remat}", *change])
     execution = Execution(remat=remat)  # type: ignore[arg-type]
     made = jax.eval_shape(lambda key: Transformer(config.model, key=key), jax.random.key(0))

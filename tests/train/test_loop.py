@@ -116,7 +116,7 @@ def test_result_is_what_happened(store: Path, whole: Path):
         "eval_bits_per_byte": evals[-1]["bits_per_byte"], "eval_tokens": opened.tokens("held_out") - 1,
         "params_total": params.total, "params_active": params.active, "n": params.active_matmul,
         "unique_tokens": batches.unique_tokens(TRAIN_STEPS), "epochs": batches.epochs(TRAIN_STEPS),
->>>>>>> startup
+        "fingerprint": opened.fingerprint, "compute_dtype": "float32",
     }  # fmt: skip
     per_token = training_flops_per_token(config.model, SEQ)
     expected |= {f"flops_{name}": pytest.approx(flops * tokens) for name, flops in per_token.items()}

@@ -31,7 +31,7 @@ from tests.train.runs import go, prepare, run_config, tokens_of
 
 ROOT = Path(__file__).parents[2]
 SHORT = ("train.steps=24", "train.steps_per_dispatch=5")
-CLOCKS = ("seconds", "tokens_per_second")
+CLOCKS = ("seconds", "data_seconds", "tokens_per_second")
 
 
 def members(store: Path, *each: str, common: Sequence[str] = ()) -> list[RunConfig]:

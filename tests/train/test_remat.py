@@ -38,12 +38,12 @@ def test_the_first_policy_that_fits() -> None:
 
 def test_flash_attention_keeps_no_scores() -> None:
     """Attention weights are heads x keys operands a token and layer, and one layer's float32 scores, twice."""
-    config = tiny("train.remat=none")
+    config = tiny("train.remat=none", "train.compute_dtype=float32")
     model, train = config.model, config.train
     heads, tokens = model.layers[0].attention.heads, train.batch_size * train.seq_len
     saved = tokens * heads * train.seq_len * (4 * len(model.layers) + 8)
     assert memory_bytes(config)["activations"] - memory_bytes(config, flash=True)["activations"] == saved
-    capped = tiny("train.remat=none", "model.attention.softcap=5.0")
+    capped = tiny("train.remat=none", "train.compute_dtype=float32", "model.attention.softcap=5.0")
     assert memory_bytes(capped, flash=True) == memory_bytes(capped)
 
 
@@ -71,9 +71,9 @@ def test_a_device_that_says_its_memory_decides() -> None:
         client=SimpleNamespace(platform_version="cuda"),
         memory_stats=lambda: {"bytes_limit": 20_000_000},
     )
-    config = tiny("train.remat=auto")
+    config = tiny("train.remat=auto", "train.compute_dtype=float32")
     assert for_devices(config, [device], ONE) == fitting(config, 20_000_000, False, ONE)
-    narrow = tiny("train.remat=auto", "train.compute_dtype=bfloat16")
+    narrow = tiny("train.remat=auto")
     assert for_devices(narrow, [device], ONE) == fitting(narrow, 20_000_000, True, ONE)
 
 
