@@ -12,21 +12,35 @@ import numpy as np
 from jaxtyping import Int64, UInt64
 
 ROUNDS = 4
+SMALLEST = 16  # bits of a block
 WORD = 0xFFFFFFFF
 
 
 def shuffled(index: Int64[np.ndarray, "n"], count: int, seed: int) -> Int64[np.ndarray, "n"]:
-    """The place of each `index` (0 to `count` - 1) in the permutation of `count` things that `seed` (32 bits) names.
+    """Where each `index` (0 to `count` - 1) goes in the permutation of `count` things that `seed` (32 bits) names.
 
     Grain's order for every `count` but 2^k + 1 with k even and at least 16, where Grain's blocks are a bit too narrow
     and it gives one index twice.
     """
-    bits = max(16, (count - 1).bit_length())
-    half = np.uint64((bits + 1) // 2)
+    if count <= 1 << SMALLEST:
+        return _table(count, seed)[index]
+    half = np.uint64(((count - 1).bit_length() + 1) // 2)
     value = _enciphered(index.astype(np.uint64), half, _round_keys(seed))
-    while (outside := value >= count).any():
+    while (outside := value >= count).any():  # a block is at most four times as many values as indices
         value[outside] = _enciphered(value[outside], half, _round_keys(seed))
-    return value.astype(np.int64) if count > 1 else np.zeros_like(index)
+    return value.astype(np.int64)
+
+
+@functools.lru_cache(maxsize=32)
+def _table(count: int, seed: int) -> Int64[np.ndarray, "count"]:
+    """The whole permutation of `count` things in the smallest block, where walks are long: all of them at once, by
+    doubling their length until every value is home."""
+    values = np.arange(1 << SMALLEST)
+    after = _enciphered(values.astype(np.uint64), np.uint64(SMALLEST // 2), _round_keys(seed)).astype(np.int64)
+    walked = np.where(values < count, values, after)  # one step further, at rest once home
+    while (walked[after[:count]] >= count).any():
+        walked = walked[walked]
+    return walked[after[:count]]
 
 
 def _enciphered(value: UInt64[np.ndarray, "n"], half: np.uint64, keys: tuple[int, ...]) -> UInt64[np.ndarray, "n"]:

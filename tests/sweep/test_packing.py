@@ -33,7 +33,7 @@ AXES = [
     {"kind": "product", "fields": {"optimizer.lr": [1e-2, 3e-3]}},
     {"kind": "seeds", "count": 2},
 ]
-CLOCKS = ["seconds", "tokens_per_second", "started"]
+CLOCKS = ["seconds", "data_seconds", "tokens_per_second", "started"]
 
 
 @pytest.fixture(scope="module")
