@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -163,7 +162,7 @@ def updates(config: RunConfig, execution: Execution) -> Dispatch:
     stop = config.train.on_divergence == "stop"
     capacity = config.train.steps_per_dispatch
 
-    @functools.partial(jax.jit, inline=True)  # traced once for the shapes of the metrics and the loop's body
+    @jax.jit  # traced once for the shapes of the metrics and the body; inlined it would lose its source lines
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return train_step(state, batch, config, execution)
 
