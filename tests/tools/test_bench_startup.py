@@ -10,7 +10,8 @@ from bench_startup import ROOT, RUN, bench_startup, launch, table
 
 
 @pytest.mark.slow
-def test_a_warm_start_spends_less_than_a_cold_one() -> None:
+def test_a_warm_start_spends_less_than_a_cold_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XLA_FLAGS")  # the tests' own: eight devices
     run = {**RUN, "train": {"batch_size": 2, "seq_len": 16, "steps": 3}, "data": {"eval_tokens": 256}}
     found = bench_startup(sys.executable, repeats=1, run=run)
     assert set(found) == {"first_ever", "cold", "warm"}
