@@ -94,7 +94,7 @@ def whole(queries: int, keys: int) -> Span:
     return Span(slice(0, queries), slice(0, keys))
 
 
-MOST_SPANS = 8  # of one call: half of the scores are never seen, and 8 spans leave 1/16 of that half undone
+MOST_SPANS = 8  # of one call: half of all scores are never seen, and 8 spans compute 1/16 of all for nothing
 
 
 def spans(queries: int, keys: int, sight: Sight, logits: Logits) -> list[Span]:

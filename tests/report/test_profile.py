@@ -18,8 +18,8 @@ from llamax.report.trace import Span
 GPU = """HloModule jit_dispatch, is_scheduled=true
 
 FileNames
-1 "/home/me/llamax/model/attention.py"
-2 "/home/me/llamax/model/linear.py"
+1 "/src/llamax/model/attention.py"
+2 "/src/llamax/model/linear.py"
 3 "/venv/site-packages/optax/_src/transform.py"
 
 FunctionNames
