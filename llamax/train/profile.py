@@ -26,9 +26,10 @@ from llamax.errors import UserError
 from llamax.mesh.rules import batch_sharding
 from llamax.train.checkpoints import load_state
 from llamax.train.loop import SECONDS_PER_DISPATCH
-from llamax.train.setup import Setup, load_dispatch, set_up
-from llamax.train.state import TrainState, init_state
-from llamax.train.step import execution_of, make_dispatch
+from llamax.train.precision import begun_with, precision, with_dtype
+from llamax.train.setup import Common, batches_of, load_dispatch, share
+from llamax.train.state import TrainState, hyper_of, seed_of
+from llamax.train.step import make_dispatch
 
 DISPATCHES = 3  # traced by default
 SECONDS_TIMED, MANY = 1.0, 20  # before the trace and again after it: about so long, at most so many dispatches
@@ -98,9 +99,13 @@ class _Session:
     """A compiled step with the state it has reached."""
 
     def __init__(self, config: RunConfig, run: Path | None, report: Report):
-        self.config, self.report = config, report
+        devices, asked = jax.devices(), config.train.compute_dtype
+        dtype = (precision(asked, devices) if run is None else begun_with(config, run, devices)).dtype
+        self.hash, self.report = config.hash8, report
+        self.config = config = with_dtype(config, dtype)
         self.capacity = config.train.steps_per_dispatch
-        self.setup: Setup = set_up(config)
+        self.setup = share(config)
+        self.batches = batches_of(config, self.setup.store)
         self.place = batch_sharding(self.setup.rules, self.setup.mesh, leading=1)
         report("restore", 0, 1)
         self.state, self.first, self.weights = _start(config, run, self.setup)
@@ -118,7 +123,7 @@ class _Session:
         report("compile", 1, 1)
 
     def _load(self, count: int) -> dict[str, jax.Array]:
-        return load_dispatch(self.setup.batches, self.step, self.step + count, self.capacity, self.place)
+        return load_dispatch(self.batches, self.step, self.step + count, self.capacity, self.place)
 
     def warm_up(self) -> tuple[int, float]:
         """(how many steps the loop would put in a dispatch, seconds such a dispatch takes at most)."""
@@ -171,12 +176,12 @@ class _Session:
         config, mesh = self.config, self.setup.mesh
         step = statistics.median(before.step_seconds + after.step_seconds)
         length, tokens = horizon(config), config.train.batch_size * config.train.seq_len
-        device, compute = mesh.devices.flat[0], execution_of(config, self.setup.rules, mesh).compute
+        device, compute = mesh.devices.flat[0], config.train.compute_dtype
         flops = {name: total / length.tokens * tokens for name, total in length.flops.items()}
         used = mfu(flops["causal"] / step, device.device_kind, mesh.size, compute)
         many = sum(before.steps) + sum(after.steps)
         return {
-            "hash": config.hash8,
+            "hash": self.hash,
             "weights": self.weights,
             "first_step": self.first,
             "device": {"platform": device.platform, "kind": device.device_kind, "count": mesh.size},
@@ -224,11 +229,11 @@ class _Session:
         }
 
 
-def _start(config: RunConfig, run: Path | None, setup: Setup) -> tuple[TrainState, int, str]:
+def _start(config: RunConfig, run: Path | None, setup: Common) -> tuple[TrainState, int, str]:
     """(state, steps it has taken, in words where it is from)."""
     found = None if run is None else load_state(run, setup.abstract)
     if found is not None:
         step, state, _ = found
         return state, step, f"checkpoint of step {step}"
     words = "fresh" if run is None else "fresh, the run has no checkpoint yet"
-    return init_state(config, horizon(config).steps, setup.abstract), 0, words
+    return setup.initialize(hyper_of(config, horizon(config).steps), seed_of(config)), 0, words

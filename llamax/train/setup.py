@@ -29,26 +29,6 @@ class Common(NamedTuple):
     initialize: Callable[[dict[str, jax.Array], np.int32], TrainState]
 
 
-class Setup(NamedTuple):
-    """The parts of a run that its config decides and no step changes."""
-
-    store: Store
-    rules: Rules
-    mesh: Mesh
-    abstract: TrainState  # shapes with shardings
-    batches: TrainBatches
-
-
-def set_up(config: RunConfig) -> Setup:
-    """Open the data and lay the state out on this machine's devices.
-
-    Raises:
-        UserError: the data or the mesh does not fit the config.
-    """
-    common = share(config)
-    return Setup(common.store, common.rules, common.mesh, common.abstract, batches_of(config, common.store))
-
-
 def share(config: RunConfig, devices: list[jax.Device] | None = None) -> Common:
     """`Common` of a run on `devices` (None: all). Raises UserError: horizon, data or mesh do not fit the config."""
     horizon(config)  # less than a step is refused before any data is built
