@@ -10,6 +10,7 @@ import pytest
 from llamax.train import precision as module
 from llamax.train.loop import train
 from llamax.train.precision import Precision, cpu_flag, precision
+from llamax.train.profile import _Session as ProfileSession
 
 from .runs import run_config
 
@@ -76,3 +77,5 @@ def test_a_run_keeps_the_type_it_began_with(monkeypatch, tmp_path, store, capsys
     assert (result["compute_dtype"], result["hash"]) == ("float32", config.hash8)
     assert json.loads((tmp_path / "run" / "env.json").read_text())["precision"]["dtype"] == "float32"
     assert train(config, tmp_path / "other")["compute_dtype"] == "bfloat16"
+    profiled = ProfileSession(config, tmp_path / "run", lambda *_: None)
+    assert profiled.config.train.compute_dtype == "float32", "a profile shows the run's own step"
