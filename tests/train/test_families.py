@@ -103,14 +103,22 @@ def alone(style: str) -> Trained:
     return trained(family(style, {"data": 1}), jax.devices()[:1])
 
 
+def chooses(config: RunConfig) -> bool:
+    """Whether a rounding can change what a token does: another expert, or another key, is not a small difference."""
+    layers = config.model.layers
+    return any(block.mlp.kind == "moe" or getattr(block.attention, "indexer", None) for block in layers)
+
+
 def assert_same_training(config: RunConfig, devices: list[jax.Device], style: str) -> None:
     ours, theirs = trained(config, devices).passes, alone(style).passes
+    # Two steps see the forward, the backward and the update. After that, which machine sums in which order decides
+    # when a near tie of two experts or keys falls the other way: one token of 256, 4e-4 of the loss in a trial.
+    exact = 2 if chooses(config) else 5
     for name in ("trained", "compared"):
         found, expected = ours[name][0], theirs[name][0]
         assert found.keys() == expected.keys()
-        np.testing.assert_allclose(found["loss"][:5], expected["loss"][:5], rtol=1e-5)
-        np.testing.assert_allclose(found["grad_norm"][:5], expected["grad_norm"][:5], rtol=1e-3)
-    # Later a rounding may have chosen another expert or another key for a token.
+        np.testing.assert_allclose(found["loss"][:exact], expected["loss"][:exact], rtol=1e-5)
+        np.testing.assert_allclose(found["grad_norm"][:exact], expected["grad_norm"][:exact], rtol=1e-3)
     np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-3)
 
 
