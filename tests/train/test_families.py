@@ -106,7 +106,7 @@ def alone(style: str) -> Trained:
 def chooses(config: RunConfig) -> bool:
     """Whether a rounding can change what a token does: another expert, or another key, is not a small difference."""
     layers = config.model.layers
-    return any(block.mlp.kind == "moe" or getattr(block.attention, "indexer", None) for block in layers)
+    return any(b.branch or b.mlp.kind == "moe" or getattr(b.attention, "indexer", None) for b in layers)
 
 
 def assert_same_training(config: RunConfig, devices: list[jax.Device], style: str) -> None:
