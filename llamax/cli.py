@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from llamax import converting, generating, profiling, sweeping
+from llamax import converting, curving, generating, predicting, profiling, sweeping
 from llamax.console import Json, Overrides, StudyPath
 from llamax.console import emit as _emit
 from llamax.console import print_json as _print_json
@@ -32,6 +32,8 @@ app.add_typer(model_app, name="model")
 app.add_typer(config_app, name="config")
 app.command("generate")(generating.generate)
 app.command("profile")(profiling.profile)
+app.command("curves")(curving.curves)
+app.command("predict")(predicting.predict)
 model_app.command("import")(converting.model_import)
 model_app.command("export")(converting.model_export)
 

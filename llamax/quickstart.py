@@ -143,23 +143,21 @@ def _fit(directory: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def _predict(directory: Path, spec: SweepConfig, plan: Plan, fit: Any) -> tuple[dict[str, Any], Cell]:
-    """The claim, written to prediction.json before its run exists, and the cell that will test it."""
+    """The claim, registered in the study's prediction ledger before its run exists, and the cell that will test it."""
+    from llamax.predicting import claim_of, refuse_if_known
     from llamax.scaling import predict, recommend
+    from llamax.scaling.register import ledger_path, read_predictions, register
 
-    path = directory / "prediction.json"
+    path = ledger_path(directory)
     largest = max(cell.tags["budget"] for cell in plan.cells if not cell.extra)
     flops = float(f"{PREDICTION_FACTOR * largest:.3g}")
-    stored = json.loads(path.read_text()) if path.exists() else None
+    stored = next((record for record in read_predictions(path) if "cell" in record), None)
     size = stored["size"] if stored else nearest_size(spec, recommend(fit, flops).n)
     cell = _prediction_cell(spec, plan, flops, size)
     if stored is None:
+        refuse_if_known(directory, "", cell.flops["6n"])
         claim = predict(fit, flops=cell.flops["6n"], n=cell.n, d=cell.tokens)
-        stored = claim.as_dict() | {
-            "size": size,
-            "cell": cell.name,
-            "registered": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
-        write_atomic(path, json.dumps(stored, indent=1))
+        stored = register(path, claim_of(claim, fit) | {"size": size, "cell": cell.name, "run": cell.run_name})
     add_cells(directory, [cell])
     _say(
         f"prediction for {cell.name}: loss {stored['loss']:.4f}, interval {_pair(stored['interval'])}; {stored['rule']}"
@@ -192,7 +190,8 @@ def _prediction_cell(spec: SweepConfig, plan: Plan, flops: float, size: str) -> 
 
 
 def _score(directory: Path, cell: Cell, prediction: dict[str, Any]) -> dict[str, Any]:
-    from llamax.scaling import score
+    from llamax.predicting import measured
+    from llamax.scaling.register import scores
     from llamax.train.run_dir import read_result
 
     result = read_result(directory / cell.run_name)
@@ -201,10 +200,8 @@ def _score(directory: Path, cell: Cell, prediction: dict[str, Any]) -> dict[str,
         raise UserError(
             f"{directory}: the predicted run {cell.name} did not finish ({cause}); run the quickstart again"
         )
-    scored = score(prediction, result["eval_loss"])
-    prediction = prediction | scored.as_dict() | {"loss": prediction["loss"], "run": cell.run_name}
-    write_atomic(directory / "prediction.json", json.dumps(prediction, indent=1))
-    _say(scored.words)
+    prediction = scores([prediction], measured(directory))[0]
+    _say(prediction["words"])
     return prediction
 
 

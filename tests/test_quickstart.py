@@ -16,6 +16,7 @@ import pytest
 import llamax
 from llamax.config.sweep import load_sweep
 from llamax.quickstart import nearest_size
+from llamax.scaling.register import ledger_path, read_predictions
 from llamax.sweep.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,9 +69,10 @@ def test_the_loop_closes_and_an_interruption_changes_nothing(tmp_path: Path) -> 
     assert {"approach2", "approach3"} == set(result["fit"])
     assert Path(result["report"]).stat().st_size > 50_000
     assert (tmp_path / "whole" / "report.md").exists()
-    registered = json.loads((tmp_path / "whole" / "prediction.json").read_text())
+    (registered,) = read_predictions(ledger_path(tmp_path / "whole"))
     run = tmp_path / "whole" / registered["run"]
-    assert json.loads((run / "env.json").read_text())  # the predicted run is a run like any other
+    sessions = json.loads((run / "env.json").read_text())["sessions"]  # the predicted run is a run like any other
+    assert registered["registered"] <= sessions[0]["started"]
 
     for seconds, number in ((15, signal.SIGINT), (25, signal.SIGKILL)):
         broken = start(tmp_path / "broken", tmp_path / "cache")

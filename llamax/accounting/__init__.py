@@ -1,5 +1,6 @@
 """Parameters, FLOPs, bytes and horizons: arithmetic on configs, no JAX. Every other part reads its numbers here."""
 
+from llamax.accounting.bits import bits_per_byte
 from llamax.accounting.cache import CACHE_RULES, KvCache, kv_cache, kv_cache_bytes, kv_cache_bytes_per_token
 from llamax.accounting.cards import list_models, show_model
 from llamax.accounting.flops import (
@@ -22,6 +23,7 @@ __all__ = [
     "Leaf",
     "Mfu",
     "Params",
+    "bits_per_byte",
     "count_params",
     "decode_flops_per_token",
     "forward_flops_by_component",

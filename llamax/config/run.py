@@ -310,9 +310,14 @@ class CheckpointConfig(Frozen):
 
 
 class LogConfig(Frozen):
-    """A row of metrics.jsonl every `every_steps` steps, and for the first and the last."""
+    """A row of metrics.jsonl every `every_steps` steps, and for the first and the last.
+
+    `gradient_noise` adds `micro_grad_norm`, the root mean square gradient norm of the microbatches, from which
+    `llamax curves` estimates the noise scale (arXiv:1812.06162); it needs train.grad_accumulation of 2 or more.
+    """
 
     every_steps: PositiveInt = 10
+    gradient_noise: bool = False
 
 
 class RunConfig(Frozen):
@@ -334,6 +339,11 @@ class RunConfig(Frozen):
             raise ValueError(
                 f"train.seq_len={self.train.seq_len} exceeds model.max_seq_len={self.model.max_seq_len}; "
                 "lower the first or raise the second"
+            )
+        if self.log.gradient_noise and self.train.grad_accumulation < 2:
+            raise ValueError(
+                "log.gradient_noise=true compares microbatches with the batch, and train.grad_accumulation=1 makes "
+                "none; set train.grad_accumulation to 2 or more"
             )
         return self
 

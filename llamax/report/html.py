@@ -24,8 +24,9 @@ def write_report(
     """Write report.html and report.md into `study_dir` (a study, a folder of runs or one run); returns the HTML's path.
 
     fits: `{"approach2": ..., "approach3": ..., "cost": ...}` as ScalingFit.as_dict(); prediction: Prediction.as_dict()
-    joined with Score.as_dict(); timings: seconds by stage. What is not given is read from fits.json, prediction.json
-    and timings.json in `study_dir`; what is not there is reported as missing. Nothing is recomputed.
+    joined with Score.as_dict(); timings: seconds by stage. What is not given is read from fits.json,
+    predictions.jsonl and timings.json in `study_dir`; what is not there is reported as missing. Only the newest
+    prediction's score is computed anew.
 
     Raises:
         UserError: `study_dir` is not a folder.

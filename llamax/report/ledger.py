@@ -22,16 +22,11 @@ SIZES = ("n", "params_total", "params_active", "steps", "tokens", "unique_tokens
 LOSSES = ("train_loss", "eval_loss", "eval_bits_per_byte", "eval_tokens", "last_loss")
 COSTS = ("flops_6n", "flops_chinchilla", "flops_palm", "flops_causal", "seconds", "tokens_per_second")
 FIELDS = (
-    *(
-        "model.d_model",
-        "model.layers",
-        "model.vocab_size",
-        "model.attention.heads",
-        "model.mlp.kind",
-        "model.position.kind",
-    ),
+    *("model.d_model", "model.layers", "model.vocab_size", "model.attention.heads"),
+    *("model.mlp.kind", "model.position.kind"),
     *("optimizer.kind", "optimizer.lr", "optimizer.weight_decay", "schedule.kind"),
-    *("train.batch_size", "train.seq_len", "train.seed", "data.corpus", "data.store", "data.tokenizer.kind"),
+    *("train.batch_size", "train.seq_len", "train.grad_accumulation", "train.seed"),
+    *("data.corpus", "data.store", "data.tokenizer.kind"),
 )
 VARYING = (
     "model.",

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llamax.errors import UserError
 from llamax.report.ledger import curves, ledger
 from llamax.report.read import find_runs, number, read_object
 from llamax.scaling.laws import ChinchillaLaw, Cost, CoupledLaw, Law, optimal_allocation
+from llamax.scaling.register import ledger_path, read_predictions, scores
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -145,16 +147,39 @@ def load_study(
     """
     runs, rows = ledger(path), curves(path)
     root = Path(path)
-    names = {"fits": fits, "prediction": prediction, "timings": timings, "plan": None}
+    names = {"fits": fits, "timings": timings, "plan": None}
     parts, problems = {}, []
     for name, given in names.items():
         parts[name], word = (given, None) if given is not None else read_object(root / f"{name}.json")
         problems += [word] if word else []
+    if prediction is None:
+        prediction, word = _claim(root, runs)
+        problems += [word] if word else []
     spec, word = read_object(root / "study.yaml")
     problems += [word] if word else []
     return Study(
-        path=root, runs=runs, curves=rows, spec=spec, env=_environments(root), problems=tuple(problems), **parts
+        path=root,
+        runs=runs,
+        curves=rows,
+        spec=spec,
+        env=_environments(root),
+        problems=tuple(problems),
+        prediction=prediction,
+        **parts,
     )
+
+
+def _claim(root: Path, runs: pd.DataFrame) -> tuple[Mapping[str, Any], str | None]:
+    """The newest registered prediction with its score so far, or why the ledger of predictions cannot be believed."""
+    try:
+        records = read_predictions(ledger_path(root))
+    except (UserError, OSError) as error:
+        return {}, str(error)
+    if not records:
+        return {}, None
+    done = runs[runs["status"].eq("done")]
+    known = done.rename(columns={"flops_6n": "flops", "eval_loss": "loss"})[["run", "n", "flops", "loss"]]
+    return scores(records[-1:], known)[0], None
 
 
 def _environments(root: Path) -> tuple[Mapping[str, Any], ...]:

@@ -7,6 +7,17 @@ run).
 from llamax.scaling.approach2 import Approach2Fit, fit_approach2
 from llamax.scaling.approach3 import ParametricFit, fit_approach3, fit_coupled
 from llamax.scaling.bootstrap import bootstrap_approach2, bootstrap_parametric
+from llamax.scaling.curves import (
+    Collapse,
+    NoiseScale,
+    Spike,
+    align_curves,
+    collapse_curves,
+    ema,
+    find_spikes,
+    noise_scale,
+    running_median,
+)
 from llamax.scaling.fit import Parametric, ScalingFit, fit_frame
 from llamax.scaling.laws import (
     Allocation,
@@ -23,24 +34,33 @@ __all__ = [
     "Allocation",
     "Approach2Fit",
     "ChinchillaLaw",
+    "Collapse",
     "Cost",
     "CoupledLaw",
+    "NoiseScale",
     "Parametric",
     "ParametricFit",
     "Prediction",
     "Recommendation",
     "ScalingFit",
     "Score",
+    "Spike",
+    "align_curves",
     "bootstrap_approach2",
     "bootstrap_parametric",
+    "collapse_curves",
+    "ema",
+    "find_spikes",
     "fit_approach2",
     "fit_approach3",
     "fit_coupled",
     "fit_frame",
+    "noise_scale",
     "optimal_allocation",
     "optimal_allocation_under",
     "predict",
     "read_table",
     "recommend",
+    "running_median",
     "score",
 ]

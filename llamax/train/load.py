@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from llamax.accounting.bits import bits_per_byte
 from llamax.config.load import run_from_data
 from llamax.config.run import RunConfig
 from llamax.data.batches import eval_batches
@@ -81,5 +81,5 @@ def evaluate_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str
     loss, tokens = evaluate(
         model, placed, loss_chunk=config.train.loss_chunk, execution=execution_of(config, rules, mesh)
     )
-    bits = loss / math.log(2) * store.tokens("held_out") / store.bytes("held_out")
+    bits = bits_per_byte(loss, store.tokens("held_out"), store.bytes("held_out"))
     return {"run": str(run_dir), "loss": loss, "bits_per_byte": bits, "eval_tokens": tokens, "store": str(store.path)}

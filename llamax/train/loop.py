@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from llamax.accounting.bits import bits_per_byte
 from llamax.accounting.horizon import Horizon, horizon
 from llamax.accounting.params import count_params
 from llamax.accounting.peaks import mfu
@@ -328,7 +329,7 @@ class _Session:
         return loss, tokens
 
     def _bits_per_byte(self, loss: float) -> float:
-        return loss / math.log(2) * self.store.tokens("held_out") / self.store.bytes("held_out")
+        return bits_per_byte(loss, self.store.tokens("held_out"), self.store.bytes("held_out"))
 
     def _result(self, step: int, cause: str | None, skipped: int, loss: float, tokens: int) -> dict[str, Any]:
         params = count_params(self.config.model)

@@ -66,7 +66,8 @@ def loss_and_gradients(
     The objective is cross-entropy + z-loss, averaged over every predicted token of the whole batch; plus mtp_loss x the
     same of every prediction module, averaged over modules; plus each of LAYER_LOSSES with its weight, averaged over
     the layers that report it and over microbatches. Among the metrics are expert loads [..., experts] under their
-    paths (see `join_statistics`): picks of the whole batch.
+    paths (see `join_statistics`): picks of the whole batch; and under log.gradient_noise `micro_grad_norm`, the root
+    mean square over microbatches of the norm of each one's own gradient.
     """
     parts = config.train.grad_accumulation
     micro = jax.tree.map(lambda a: a.reshape(parts, a.shape[0] // parts, *a.shape[1:]), batch)
@@ -96,13 +97,18 @@ def loss_and_gradients(
 
     def accumulate(carry: Any, part: Batch) -> tuple[Any, Metrics]:
         new, (sums, means) = value_and_grad(model, part)
+        if config.log.gradient_noise:  # a part's gradient is its share of the batch's, which is the sum of the parts
+            means = means | {"micro_grad_norm": parts**2 * optax.tree.norm(new, squared=True)}
         return jax.tree.map(jnp.add, carry, (new, sums)), means
 
     first = jax.tree.map(lambda a: a[0], micro)
     shapes = jax.eval_shape(lambda m, p: objective(m, p)[1][0], model, first)
     start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (model, shapes))
     (gradients, sums), means = jax.lax.scan(accumulate, start, micro)
-    return sums.pop("loss"), sums | {name: values.mean(0) for name, values in means.items()}, gradients
+    averages = {name: values.mean(0) for name, values in means.items()}
+    if config.log.gradient_noise:
+        averages["micro_grad_norm"] = jnp.sqrt(averages["micro_grad_norm"])
+    return sums.pop("loss"), sums | averages, gradients
 
 
 def _layer_metrics(reports: dict[str, Array]) -> Metrics:

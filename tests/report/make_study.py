@@ -149,9 +149,10 @@ def _transient(n: float, tokens: float, share: np.ndarray) -> np.ndarray:
 
 
 def add_fits(path: Path, bootstrap: int = 100) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fit the study, predict and score its held-out run, and store fits.json and prediction.json as quickstart does."""
+    """Fit the study, predict its held-out run, and store fits.json and the registered claim as quickstart does."""
     from llamax.report.ledger import ledger
     from llamax.scaling import fit_frame, predict, score
+    from llamax.scaling.register import ledger_path, register
 
     frame = ledger(path)
     held = frame[frame["name"] == "prediction"].iloc[0]
@@ -161,8 +162,18 @@ def add_fits(path: Path, bootstrap: int = 100) -> tuple[dict[str, Any], dict[str
     claim = predict(fit, flops=TARGET, n=held["n"], d=held["tokens"])
     fits, prediction = fit.as_dict(), claim.as_dict() | score(claim, held["eval_loss"]).as_dict()
     (path / "fits.json").write_text(json.dumps(fits))
-    (path / "prediction.json").write_text(json.dumps(prediction))
+    register(ledger_path(path), claim.as_dict())
     return fits, prediction
+
+
+def reclaim(path: Path, **changes: Any) -> None:
+    """The study's one claim made anew with `changes`, as if it had been registered so."""
+    from llamax.scaling.register import ledger_path, read_predictions, register
+
+    (record,) = read_predictions(ledger_path(path))
+    for file in path.glob("predictions.jsonl*"):
+        file.unlink()
+    register(ledger_path(path), record | changes)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from llamax.report.findings import answer, remarks, warnings
 from llamax.report.html import write_report
 from llamax.report.study import load_study
 
-from .make_study import LAW, TARGET, add_fits, make_study, optimum
+from .make_study import LAW, TARGET, add_fits, make_study, optimum, reclaim
 
 KEYS = ["summary", "warnings", "valleys", "allocation", "curves", "fit", "prediction", "runs", "plan", "method"]
 PICTURES = {
@@ -137,8 +137,9 @@ def test_findings_state_the_law_that_made_the_runs(finished):
 # ---------------------------------------------------------------- warnings
 @pytest.mark.parametrize(("shift", "inside"), [(0.0, True), (0.05, False)])
 def test_the_interval_is_said_to_hold_or_to_be_missed(study, shift, inside):
-    claim = json.loads((study / "prediction.json").read_text())
-    change(study / "prediction.json", measured=claim["loss"] + shift)
+    claim = load_study(study).prediction
+    (run,) = study.glob("prediction-*")
+    change(run / "result.json", eval_loss=claim["loss"] + shift)
     loaded = load_study(study)
     assert ("inside the 95 % interval" in answer(loaded)[-1]) is inside
     assert any("interval was missed" in word for word in warnings(loaded)) is not inside
@@ -166,27 +167,37 @@ def test_troubled_runs_are_said(study):
 
 
 def test_warnings_of_plan_fit_and_prediction_are_repeated_once(study):
-    for name in ("plan", "fits", "prediction"):
+    for name in ("plan", "fits"):
         change(study / f"{name}.json", warnings=["the very same words at 1.5e+12"])
+    reclaim(study, warnings=["the very same words at 1.5e+12"])
     assert remarks(load_study(study)).count("The very same words at 1.5×10¹².") == 1
 
 
 # ---------------------------------------------------------------- missing parts
-@pytest.mark.parametrize("missing", ["fits.json", "prediction.json", "plan.json"])
+@pytest.mark.parametrize("missing", ["fits.json", "predictions.jsonl", "plan.json"])
 def test_a_missing_file_is_said(study, missing):
-    (study / missing).unlink()
+    for file in study.glob(f"{missing}*"):
+        file.unlink()
     html = write_report(study).read_text()
     assert [attrs["id"] for tag, attrs in Page(html).tags if tag == "section"] == KEYS
     assert "Missing:" in html
 
 
 def test_damaged_files_are_said(study):
-    files = ("fits.json", "prediction.json", "plan.json", "study.yaml")
+    files = ("fits.json", "plan.json", "study.yaml")
     for file in files:
         (study / file).write_text("{ not: [data")
     html = write_report(study).read_text()
     assert html.count("<section") == len(KEYS)
     assert all(f"{file}: not readable" in html for file in files)
+
+
+def test_a_claim_that_was_edited_is_said_and_not_shown(study):
+    ledger = study / "predictions.jsonl"
+    ledger.write_text(ledger.read_text().replace('"loss":', '"loss":1', 1))
+    loaded = load_study(study)
+    assert "record 0 (line 1) was edited" in " ".join(warnings(loaded))
+    assert answer(loaded)[-1] == "No prediction has been written down yet."
 
 
 @pytest.mark.parametrize("keep", [0, 1, 3])
@@ -220,7 +231,7 @@ def test_text_from_data_is_escaped(study):
     change(runs[1] / "result.json", name=evil)
     change(runs[2] / "env.json", versions={evil: evil})
     change(study / "plan.json", warnings=[evil], rules={evil: evil})
-    change(study / "prediction.json", rule=evil)
+    reclaim(study, rule=evil)
     (study / "study.yaml").write_text(json.dumps({"name": evil}))
     runs[3].rename(runs[3].with_name("a<b>&-00000000"))
     html = write_report(study).read_text()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from llamax.config.run import RunConfig
+from llamax.errors import UserError
 from llamax.mesh.rules import load_rules, make_mesh
 from llamax.model.execution import Execution
 from llamax.train.state import TrainState, hyper_of
@@ -111,6 +112,24 @@ def test_accumulation_equals_the_whole_batch(masked: bool):
     loss4, _, gradients4 = one_gradient("train.grad_accumulation=4", masked=masked)
     np.testing.assert_allclose(loss4, loss, rtol=1e-6)
     assert_close(gradients4, gradients, 1e-5)
+
+
+def test_noise_metric_is_the_norm_of_each_microbatch_on_its_own():
+    parts = 4
+    _, metrics, gradients = one_gradient(f"train.grad_accumulation={parts}", "log.gradient_noise=true")
+    whole = one_gradient(f"train.grad_accumulation={parts}")
+    assert "micro_grad_norm" not in whole[1]
+    assert_close(gradients, whole[2], 1e-6)
+    config, model = run_config("train.z_loss=0.001"), base()[1].model
+    alone = jax.jit(lambda m, b: loss_and_gradients(m, b, hyper_of(config, STEPS), config, Execution())[2])
+    tokens = one_batch()["tokens"].reshape(parts, -1, 17)
+    squares = [sum(float((g**2).sum()) for g in jax.tree.leaves(alone(model, {"tokens": t}))) for t in tokens]
+    np.testing.assert_allclose(metrics["micro_grad_norm"], np.sqrt(np.mean(squares)), rtol=1e-5)
+
+
+def test_noise_metric_needs_microbatches():
+    with pytest.raises(UserError, match=r"grad_accumulation"):
+        run_config("log.gradient_noise=true")
 
 
 def test_loss_of_masked_documents_is_the_mean_over_what_is_predicted():
