@@ -1,7 +1,8 @@
 """Scaling laws: fits, bootstrap intervals, allocation and prediction, as pure functions on arrays and DataFrames.
 
 `fit_frame` (a table of runs to all fits), `recommend` and `predict` (a fit to a claim), `score` (the claim against the
-run).
+run), `register` and `read_predictions` (the ledger of claims, a hash chain), `align_curves` and what follows it (loss
+curves).
 """
 
 from llamax.scaling.approach2 import Approach2Fit, fit_approach2
@@ -28,6 +29,7 @@ from llamax.scaling.laws import (
     optimal_allocation_under,
 )
 from llamax.scaling.predict import Prediction, Recommendation, Score, predict, recommend, score
+from llamax.scaling.register import read_predictions, register, scores
 from llamax.scaling.table import read_table
 
 __all__ = [
@@ -59,8 +61,11 @@ __all__ = [
     "optimal_allocation",
     "optimal_allocation_under",
     "predict",
+    "read_predictions",
     "read_table",
     "recommend",
+    "register",
     "running_median",
     "score",
+    "scores",
 ]
