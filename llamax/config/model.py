@@ -19,6 +19,7 @@ from llamax.config.base import Frozen
 from llamax.config.components import Attention, Init, Mlp, MoeMlp, Norm, Position, RMSNorm, Rope
 from llamax.config.merge import merge
 from llamax.config.messages import explain
+from llamax.config.parametrization import CompleteP, MuP, Parametrization, Standard
 from llamax.config.rotary import RopeLongrope
 
 
@@ -29,6 +30,7 @@ class Block(Frozen):
     `residual`: `sequential` attention then mlp; `parallel` both read one shared norm (GPT-J, Cohere).
     `branch`: a mixture of experts that reads a norm of its own of the block's input and joins the block's output, so
     that it runs beside attention and mlp (the dense-MoE hybrid of Snowflake Arctic).
+    `residual_factor` multiplies what joins the stream; `model.parametrization` sets it, no config does.
     """
 
     attention: Attention
@@ -38,6 +40,7 @@ class Block(Frozen):
     norm: Norm
     placement: Literal["pre", "post", "sandwich"]
     residual: Literal["sequential", "parallel"]
+    residual_factor: PositiveFloat = Field(default=1.0, exclude=True)
 
 
 class Segment(Frozen):
@@ -80,7 +83,7 @@ class ModelConfig(Frozen):
     multi-token prediction modules (DeepSeek-V3, arXiv:2412.19437): module k predicts token t + 1 + k from the stream
     at t and the embedding of token t + k, through one more block like the last layer's; embedding and head are shared.
     `dialect` is the transformers model_type its weights are written as (null: the first that can express it); it says
-    nothing about the architecture.
+    nothing about the architecture. `parametrization` says what changes with width and depth besides shapes.
     """
 
     vocab_size: PositiveInt
@@ -99,6 +102,7 @@ class ModelConfig(Frozen):
     mtp: NonNegativeInt = 0
     dialect: str | None = None
     init: Init = Init()
+    parametrization: Parametrization = Standard()
 
     @field_validator("segments", mode="before")
     @classmethod
@@ -149,10 +153,15 @@ class ModelConfig(Frozen):
         own = {name: getattr(self, name).as_dict() for name in ("attention", "position", "mlp", "norm")}
         own |= {"branch": self.branch.as_dict() if self.branch else None}
         own |= {"placement": self.placement, "residual": self.residual}
-        return tuple(
+        stack = tuple(
             (segment.repeat, tuple(_block(own, part, f"segments.{s}.unit.{u}") for u, part in enumerate(segment.unit)))
             for s, segment in enumerate(self.segments)
         )
+        if isinstance(self.parametrization, Standard):
+            return stack
+        _check_parametrized(self, [block for _, unit in stack for block in unit])
+        layers = sum(repeat * len(unit) for repeat, unit in stack)
+        return tuple((repeat, tuple(_scaled(b, self.parametrization, layers) for b in unit)) for repeat, unit in stack)
 
     @property
     def layers(self) -> tuple[Block, ...]:
@@ -174,7 +183,40 @@ def _check_rope(attention: Attention, rope: Rope) -> None:
         )
 
 
+def _check_parametrized(model: ModelConfig, blocks: list[Block]) -> None:
+    kind = model.parametrization.kind
+    for block in blocks:
+        if block.attention.kind != "gqa":
+            raise ValueError(
+                f"parametrization.kind={kind} is not defined for attention.kind={block.attention.kind}, whose latent "
+                "ranks have no base; choose gqa, or parametrization.kind=standard"
+            )
+        scaling = block.position.scaling if isinstance(block.position, Rope) else None
+        if block.attention.scale is not None or getattr(scaling, "mscale_all_dim", None):
+            what = f"attention.scale={block.attention.scale}" if block.attention.scale else "position.scaling (yarn)"
+            raise ValueError(f"{what} and parametrization.kind={kind} both set the scale of attention; drop one")
+        if kind == "completep" and block.placement != "pre":
+            raise ValueError(
+                f"parametrization.kind=completep is defined for placement=pre, not {block.placement}; set it back"
+            )
+    if model.embedding.scale == "sqrt_d_model":
+        raise ValueError(
+            f"embedding.scale=sqrt_d_model grows with the width and parametrization.kind={kind} keeps embeddings as "
+            "they are; give a number or none"
+        )
+    if kind == "completep" and model.init.depth_scaling == "layer":
+        raise ValueError("init.depth_scaling=layer follows depth and so does completep; choose total or none")
+
+
+def _scaled(block: Block, rule: MuP | CompleteP, layers: int) -> Block:
+    dim = block.attention.head_dim
+    attention = block.attention.model_copy(update={"scale": dim**-0.5 * rule.logit_factor(dim)})
+    return block.model_copy(update={"attention": attention, "residual_factor": rule.residual_factor(layers)})
+
+
 def _block(own: dict[str, Any], part: dict[str, Any], where: str) -> Block:
+    if "residual_factor" in part:
+        raise ValueError(f"{where}: residual_factor is set by model.parametrization; remove it here")
     data = merge(own, part)
     try:
         return Block.model_validate(data)

@@ -345,6 +345,12 @@ class RunConfig(Frozen):
                 "log.gradient_noise=true compares microbatches with the batch, and train.grad_accumulation=1 makes "
                 "none; set train.grad_accumulation to 2 or more"
             )
+        kind = self.model.parametrization.kind
+        if kind != "standard" and self.optimizer.kind != "adamw":
+            raise ValueError(
+                f"model.parametrization.kind={kind} is defined for optimizer.kind=adamw, not {self.optimizer.kind}; "
+                "choose adamw, or parametrization.kind=standard"
+            )
         return self
 
     @property
@@ -354,6 +360,8 @@ class RunConfig(Frozen):
         import json
 
         identity = {name: section for name, section in self.as_dict().items() if name in IDENTITY}
+        if identity["model"]["parametrization"] == {"kind": "standard"}:  # as before there was the field
+            del identity["model"]["parametrization"]
         return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:8]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from llamax.config.files import find, read_yaml
 from llamax.errors import UserError
 
-KEPT = ("vocab_size", "d_model", "max_seq_len", "init")
+KEPT = ("vocab_size", "d_model", "max_seq_len", "init", "parametrization")
 RULE = frozenset({"of", "times", "multiple", "min", "divides"})
 
 

@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from llamax.config.base import Frozen
 from llamax.config.files import find, read_yaml
 from llamax.config.load import validate
+from llamax.config.lr_rules import Marin, Nanochat, SqrtBatch, StepLaw, StepLawBatch
 from llamax.config.merge import apply_override, parse_override
 from llamax.config.run import RunConfig
 
@@ -147,8 +148,8 @@ class Rules(Frozen):
     A rule takes the place of the base config's number. `min_steps` lowers a cell's batch until it has that many steps.
     """
 
-    lr: Annotated[FixedLr | PowerLr, Field(discriminator="kind")] | None = None
-    batch: Annotated[FixedBatch | PowerBatch, Field(discriminator="kind")] | None = None
+    lr: Annotated[FixedLr | PowerLr | StepLaw | SqrtBatch | Marin | Nanochat, Field(discriminator="kind")] | None = None
+    batch: Annotated[FixedBatch | PowerBatch | StepLawBatch, Field(discriminator="kind")] | None = None
     min_steps: PositiveInt | None = None
 
 

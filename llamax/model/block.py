@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
@@ -103,19 +104,24 @@ class DecoderBlock(nnx.Module):
         if self.config.residual == "parallel":
             y = self.attention_norm(x)
             a, aside = attention(y)
-            return x + a + mlp(y), aside, found
+            return x + self._branch(a) + self._branch(mlp(y)), aside, found
         if self.config.placement == "post":
             a, aside = attention(x)
             y = self.attention_norm(x + a)
             return self.mlp_norm(y + mlp(y)), aside, found
         sandwich = self.config.placement == "sandwich"
         a, aside = attention(self.attention_norm(x))
-        y = x + (self.attention_out_norm(a) if sandwich else a)
+        y = x + self._branch(self.attention_out_norm(a) if sandwich else a)
         m = mlp(self.mlp_norm(y))
-        out = y + (self.mlp_out_norm(m) if sandwich else m)
+        out = y + self._branch(self.mlp_out_norm(m) if sandwich else m)
         if self.config.branch is not None:
-            out = out + _feed("branch", self.branch, self.branch_norm(x), execution, found)
+            out = out + self._branch(_feed("branch", self.branch, self.branch_norm(x), execution, found))
         return out, aside, found
+
+    def _branch(self, y: Array) -> Array:
+        """What joins the stream, times the parametrization's factor."""
+        factor = self.config.residual_factor
+        return y if factor == 1.0 else y * jnp.asarray(factor, y.dtype)
 
 
 def _feed(name: str, part: FeedForward | MixtureOfExperts, x: Array, execution: Execution, found: Statistics) -> Array:

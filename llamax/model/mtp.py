@@ -12,6 +12,7 @@ from llamax.model.block import DecoderBlock
 from llamax.model.execution import Execution
 from llamax.model.linear import contract, weight
 from llamax.model.norm import Normalize
+from llamax.model.parametrize import gain_layers
 from llamax.model.statistics import Statistics
 
 
@@ -24,11 +25,11 @@ class PredictionModule(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, key: Key[Array, ""]):
         keys = jax.random.split(key)
-        d, init, layers = config.d_model, config.init, len(config.layers)
+        d, init, layers = config.d_model, config.init, gain_layers(config)
         self.embed_norm = Normalize(config.norm, d)
         self.stream_norm = Normalize(config.norm, d)
         self.project = weight(keys[0], (2 * d, d), ("pair", "embed"), init)
-        layer = jnp.int32(layers - 1)
+        layer = jnp.int32(len(config.layers) - 1)
         self.block = DecoderBlock(config.layers[-1], d, init, layers, layer=layer, key=keys[1])
         self.norm = Normalize(config.norm, d)
 

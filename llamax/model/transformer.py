@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from llamax.config.components import Init, Rope
 from llamax.config.model import Block, ModelConfig
+from llamax.config.parametrization import Standard
 from llamax.errors import UserError
 from llamax.model.block import DecoderBlock
 from llamax.model.cache import Cache, LayerCache, Slot, Step
@@ -18,6 +19,7 @@ from llamax.model.execution import Execution
 from llamax.model.linear import contract, parameter, weight
 from llamax.model.mtp import PredictionModule
 from llamax.model.norm import Normalize
+from llamax.model.parametrize import gain_layers, parametrize
 from llamax.model.position import PositionTables, position_tables, rotary_kinds, rotary_table
 from llamax.model.statistics import LayerStatistics, Statistics, join_statistics
 
@@ -120,7 +122,7 @@ class Transformer(nnx.Module):
                 k_position, (config.max_seq_len, d), ("position", "embed"), plain, inputs=0, group="embedding"
             )
         self.stacks: nnx.List[Stack] = nnx.List()
-        first, layers = 0, len(config.layers)
+        first, layers = 0, gain_layers(config)
         for i, (repeat, unit) in enumerate(config.blocks):
             self.stacks.append(Stack(unit, repeat, first, d, init, layers, key=jax.random.fold_in(k_stack, i)))
             first += repeat * len(unit)
@@ -135,6 +137,7 @@ class Transformer(nnx.Module):
             self.head = weight(k_head, (d, vocab), ("embed", "vocab"), init, group="head")
         if config.head.bias:
             self.head_bias = parameter(jnp.zeros(vocab), ("vocab",), "bias")
+        parametrize(self, config)
 
     def __call__(
         self,
@@ -158,8 +161,10 @@ class Transformer(nnx.Module):
 
     @property
     def head_weight(self) -> Float[Array, "d_model vocab"]:
-        """The output matrix, the transposed embedding where the head is tied."""
-        return self.embedding[...].T if self.config.head.tied else self.head[...]
+        """The output matrix with its parametrization's factor, the transposed embedding where the head is tied."""
+        head = self.embedding[...].T if self.config.head.tied else self.head[...]
+        rule = self.config.parametrization
+        return head if isinstance(rule, Standard) else head * rule.output_factor(self.config.d_model)
 
     def features(
         self,

@@ -6,9 +6,11 @@ import math
 from typing import Any
 
 from llamax.accounting import count_params
+from llamax.config.lr_rules import StepLawBatch
 from llamax.config.run import RunConfig, TrainConfig
 from llamax.config.sweep import FixedBatch, FixedLr, PowerBatch, PowerLr, Rules
 from llamax.errors import UserError
+from llamax.sweep.lr_rules import derive
 
 
 def resolve(config: RunConfig, rules: Rules) -> tuple[dict[str, Any], dict[str, str]]:
@@ -24,12 +26,12 @@ def resolve(config: RunConfig, rules: Rules) -> tuple[dict[str, Any], dict[str, 
     said: dict[str, str] = {}
     batch = train.batch_size
     if rules.batch is not None:
-        if train.steps is not None and isinstance(rules.batch, PowerBatch):
+        if train.steps is not None and not isinstance(rules.batch, FixedBatch):
             raise UserError(
-                f"rules.batch: the power law needs D, and train.steps={train.steps} makes D depend on the batch; "
+                f"rules.batch: {rules.batch.kind} needs D, and train.steps={train.steps} makes D depend on the batch; "
                 "give train.tokens, train.tokens_per_param or train.flops, or a fixed batch"
             )
-        batch, said["batch"] = _batch(rules.batch, planned_tokens(train, n), train.seq_len)
+        batch, said["batch"] = _batch(_as_power(rules.batch), planned_tokens(train, n), train.seq_len)
     if rules.min_steps is not None and train.steps is None:
         fewer = _lowered(batch, rules, planned_tokens(train, n), train.seq_len)
         if fewer != batch:
@@ -40,7 +42,12 @@ def resolve(config: RunConfig, rules: Rules) -> tuple[dict[str, Any], dict[str, 
         sets["train.batch_size"] = batch
     if rules.lr is not None:
         d = train.steps * batch * train.seq_len if train.steps is not None else planned_tokens(train, n)
-        sets["optimizer.lr"], said["lr"] = _lr(rules.lr, n, d)
+        if isinstance(rules.lr, FixedLr | PowerLr):
+            sets["optimizer.lr"], said["lr"] = _lr(rules.lr, n, d)
+        else:
+            cell = config.model_copy(update={"train": train.model_copy(update={"batch_size": batch})})
+            found = derive(rules.lr, cell, d)
+            sets["optimizer.lr"], said["lr"] = found.value, str(found)
     return sets, said
 
 
@@ -70,6 +77,13 @@ def _lr(rule: FixedLr | PowerLr, n: int, d: float) -> tuple[float, str]:
     return lr, f"lr = {symbols} = {values} = {raw:.4g}{bound}; three digits: {lr:g}"
 
 
+def _as_power(rule: FixedBatch | PowerBatch | StepLawBatch) -> FixedBatch | PowerBatch:
+    if not isinstance(rule, StepLawBatch):
+        return rule
+    law = {"coefficient": 0.58, "d_exponent": 0.571, "unit": "tokens", "min": rule.min, "max": rule.max}
+    return PowerBatch(kind="power_law", **law)  # type: ignore[arg-type]
+
+
 def _batch(rule: FixedBatch | PowerBatch, d: float, seq_len: int) -> tuple[int, str]:
     if isinstance(rule, FixedBatch):
         return rule.value, f"batch = {rule.value} sequences, fixed"
@@ -93,8 +107,9 @@ def _rounded(sequences: float, multiple: int | str) -> int:
 
 def _lowered(batch: int, rules: Rules, tokens: float, seq_len: int) -> int:
     """The batch, lowered on the rule's grid (halved without one) until there are `min_steps` steps, or to its floor."""
-    multiple = rules.batch.multiple if isinstance(rules.batch, PowerBatch) else "power_of_two"
-    floor = rules.batch.min if isinstance(rules.batch, PowerBatch) else 1
+    rule = None if rules.batch is None else _as_power(rules.batch)
+    multiple = rule.multiple if isinstance(rule, PowerBatch) else "power_of_two"
+    floor = rule.min if isinstance(rule, PowerBatch) else 1
     while round(tokens / (batch * seq_len)) < (rules.min_steps or 0):
         fewer = batch - multiple if isinstance(multiple, int) else batch // 2
         if fewer < max(floor, 1):

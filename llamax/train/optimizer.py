@@ -66,7 +66,17 @@ def keep_if(good: Bool[Array, ""], new: Any, old: Any) -> Any:
 
 # ---------------------------------------------------------------- directions
 def _adam(hyper: Hyper) -> optax.GradientTransformation:
-    return optax.scale_by_adam(hyper["b1"], hyper["b2"], hyper["eps"])
+    """Adam; a parameter's own eps, `eps x s`, is Adam at `eps` of its gradient divided by s."""
+    adam = optax.scale_by_adam(hyper["b1"], hyper["b2"], hyper["eps"])
+
+    def divided(variable: nnx.Variable) -> nnx.Variable:
+        eps = param_info(variable).eps
+        return variable if eps == 1.0 else jax.tree.map(lambda g: g / eps, variable)
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        return adam.update(jax.tree.map(divided, updates, is_leaf=is_variable), state, params)
+
+    return optax.GradientTransformation(adam.init, update)
 
 
 def _muon(hyper: Hyper) -> optax.GradientTransformation:
@@ -128,15 +138,18 @@ def _scale_to_adam_rms(updates: Any, params: Any = None) -> Any:
 
 
 def _descend(kind: str, hyper: Hyper, lr: ArrayLike) -> optax.GradientTransformation:
-    """-lr (direction + decay x parameter), each with the group's multiplier."""
+    """-lr (direction + decay x parameter), each with the multipliers of the group and of the parametrization."""
 
     def update(updates: Any, params: Any) -> Any:
         def one(parameter: nnx.Variable, direction: nnx.Variable) -> nnx.Variable:
-            group = param_info(parameter).group
+            info = param_info(parameter)
+            group = info.group
             if group == BUFFER:
                 return jax.tree.map(jnp.zeros_like, parameter)
             decay = hyper["weight_decay"] * hyper[f"{group}_weight_decay"]
             rate = jnp.asarray(lr) * hyper[f"{group}_lr"]
+            decay = decay if info.weight_decay == 1.0 else decay * info.weight_decay
+            rate = rate if info.lr == 1.0 else rate * info.lr
             if kind == "muon" and not _uses_muon(parameter):
                 rate = rate * hyper["adam_lr"]
             return jax.tree.map(lambda u, p: -rate * (u + decay * p), direction, parameter)

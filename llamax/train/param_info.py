@@ -21,7 +21,10 @@ BUFFER = "buffer"  # state of the model that a rule moves and no optimizer touch
 
 
 class ParamInfo(NamedTuple):
-    """One parameter. `batch` leading axes of `shape` hold independent arrays: stacked layers, then experts."""
+    """One parameter. `batch` leading axes of `shape` hold independent arrays: stacked layers, then experts.
+
+    `lr`, `weight_decay` and `eps` multiply the optimizer's (`llamax/model/parametrize.py`).
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -29,6 +32,9 @@ class ParamInfo(NamedTuple):
     group: str
     inputs: int
     batch: int
+    lr: float = 1.0
+    weight_decay: float = 1.0
+    eps: float = 1.0
 
     @property
     def is_matrix(self) -> bool:
@@ -64,7 +70,8 @@ def param_info(variable: nnx.Variable, path: str = "") -> ParamInfo:
             f"give nnx.Param one axis name a dimension and a group out of {', '.join(GROUPS)}"
         )
     batch = len(shape) - len(axes) + (len(axes) > 1 and axes[0] == "experts")
-    return ParamInfo(path, shape, tuple(axes), group, int(inputs), batch)
+    scales = {name: metadata.get(name, 1.0) for name in ("lr", "weight_decay", "eps")}
+    return ParamInfo(path, shape, tuple(axes), group, int(inputs), batch, **scales)
 
 
 def param_table(model: Any) -> list[ParamInfo]:

@@ -148,6 +148,8 @@ def write_config(config: ModelConfig, where: str) -> tuple[dict[str, Any], Diale
     Raises:
         UserError: no dialect does; the message names what the nearest one could not say.
     """
+    if (kind := config.parametrization.kind) != "standard":
+        raise UserError(f"{where}: no transformers model_type has the multipliers of model.parametrization.kind={kind}")
     if config.dialect is not None and config.dialect not in DIALECTS:
         raise UserError(f"{where}: {unknown('model.dialect', config.dialect, list(DIALECTS))}")
     tried: list[tuple[int, str, list[str]]] = []

@@ -1,0 +1,314 @@
+"""Multipliers against the papers' tables, and coordinate checks that a wrong variant fails."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llamax.config.load import load_run, run_from_data
+from llamax.config.parametrization import WIDTH, CompleteP, Factors, MuP
+from llamax.config.run import RunConfig
+from llamax.errors import UserError
+from llamax.hub.dialects import write_config
+from llamax.model.transformer import Transformer
+from llamax.train.optimizer import hyperparameters, make_optimizer
+from llamax.train.param_info import param_table
+from llamax.train.state import hyper_of, seed_of
+from llamax.train.step import train_step
+
+WIDTHS, DEPTHS, STEPS, BATCH, SEQ = (32, 64, 128, 256), (2, 4, 8, 16), 4, 4, 16
+MUP = {"kind": "mup", "base_width": 32, "base_head_dim": 8}
+COMPLETEP = {"kind": "completep", "base_width": 32, "base_depth": 2, "base_head_dim": 8}
+
+
+def config(width: int = 32, layers: int = 2, parametrization: Any = None, tied: bool = False, **more: Any) -> RunConfig:
+    """A small model whose head_dim grows with its width from 8 on, by sqrt: heads and head_dim both scale."""
+    dim = {32: 8, 64: 8, 128: 16, 256: 16}[width]
+    model = {
+        "vocab_size": 64,
+        "d_model": width,
+        "max_seq_len": SEQ,
+        "segments": [{"repeat": layers}],
+        "attention": {"kind": "gqa", "heads": width // dim},
+        "position": {"kind": "rope"},
+        "mlp": {"kind": "swiglu", "d_ff": 2 * width},
+        "head": {"tied": tied},
+        "init": {"kind": "fan_in", "depth_scaling": "total", "std": 0.3},
+        **({"parametrization": parametrization} if parametrization else {}),
+        **more,
+    }
+    return run_from_data(
+        {
+            "model": model,
+            "optimizer": {"kind": "adamw", "lr": 0.02, "weight_decay": 0.0},
+            "schedule": {"kind": "constant", "warmup": 0.0},
+            "train": {"steps": STEPS, "batch_size": BATCH, "seq_len": SEQ, "compute_dtype": "float32"},
+        }
+    )
+
+
+# ---------------------------------------------------------------- the papers' tables, by hand
+def test_completep_table_1() -> None:
+    """arXiv:2505.01618, table 1, at m_N = 8 and m_L = 4, column alpha = 0.5 and then 1."""
+    for alpha, lr, eps in ((0.5, 0.5, 0.5), (1.0, 1.0, 0.25)):
+        rule = CompleteP(kind="completep", base_width=32, base_depth=3, alpha=alpha)
+        assert rule.residual_factor(12) == pytest.approx(4**-alpha)
+        assert rule.output_factor(256) == 1 / 8
+        hidden = rule.factors("hidden", True, 256, 12)
+        assert hidden == pytest.approx((8**-0.5, lr / 8, 8.0, eps / 8))
+        assert rule.factors("vector", True, 256, 12) == pytest.approx((1.0, lr, 1.0, eps / 8))  # pre-LN, hidden bias
+        for role, in_block in (("input", False), ("output", False), ("vector", False)):  # embed, unembed, final LN
+            assert rule.factors(role, in_block, 256, 12)[:3] == (1.0, 1.0, 1.0)
+    assert MuP(kind="mup", base_width=32).factors("hidden", True, 256, 12) == pytest.approx((8**-0.5, 1 / 8, 8, 1 / 8))
+
+
+def test_every_row_is_table_3_or_8_of_tensor_programs_v() -> None:
+    """arXiv:2203.03466: both tables are one parametrization for Adam, by its own rule (lemma J.1): multiplier a, std b
+    and lr c of a weight may become a / t, b t, c t. Of table 3 the invariant products at width n are, for Adam: input
+    (1, 1, 1), hidden (1, n^-1/2, 1/n), output (1, 1/n, 1/n); weight decay x lr is the same for all in ours."""
+    table3 = {"input": (0.0, 0.0), "hidden": (-0.5, -1.0), "output": (-1.0, -1.0), "router": (-1.0, -1.0)}
+    for role, (std, lr) in table3.items():
+        multiplier = -1.0 if role == "output" else 0.0
+        row = WIDTH[role]
+        assert (multiplier + row.std, multiplier + row.lr) == (std, lr)
+        assert row.weight_decay + row.lr == 0.0
+        # eps as the gradient: 1/n by the head's multiplier, and without it n times that
+        assert row.eps == (0.0 if role == "router" else -1.0)
+
+
+def test_multipliers_reach_every_parameter() -> None:
+    moe = {"kind": "moe", "experts": 4, "top_k": 2, "expert": {"kind": "swiglu", "d_ff": 64}}
+    model = config(128, 8, COMPLETEP | {"alpha": 0.5}, mlp=moe, head={"bias": True}).model
+    table = {info.path: info for info in param_table(jax.eval_shape(lambda: Transformer(model, key=jax.random.key(0))))}
+    hidden = (0.25 * 0.5, 4.0, 0.25 * 0.5)
+    expected = {
+        "embedding": (1.0, 1.0, 0.25),
+        "head": (1.0, 1.0, 0.25),
+        "head_bias": (1.0, 1.0, 0.25),
+        "norm.scale": (1.0, 1.0, 0.25),
+        "attention_norm.scale": (0.5, 1.0, 0.125),
+        "mlp_norm.scale": (0.5, 1.0, 0.125),
+        "mlp.router": (0.125, 4.0, 0.5),
+        **{f"attention.{name}": hidden for name in ("query", "key", "value", "out")},
+        **{f"mlp.{name}": hidden for name in ("up", "gate", "down")},
+    }
+    found = {path.removeprefix("stacks[0].blocks[0]."): (i.lr, i.weight_decay, i.eps) for path, i in table.items()}
+    assert found == expected
+
+
+def test_starts_have_the_tables_std() -> None:
+    for kind in ("fan_in", "normal"):
+        for tied in (False, True):
+            init = {"kind": kind, "std": 0.3, "depth_scaling": "total"}
+            base = Transformer(config(32, 2, tied=tied, init=init).model, key=jax.random.key(0))
+            wide = Transformer(config(256, 8, COMPLETEP, tied=tied, init=init).model, key=jax.random.key(0))
+
+            def std(model: Transformer, name: str) -> float:
+                block = model.stacks[0].blocks[0]
+                place = {"embedding": model, "head": model, "query": block.attention, "out": block.attention}
+                part = getattr(place.get(name, block.mlp), name)
+                return float(jnp.std(part[...]))
+
+            for name, power in {"embedding": 0.0, "query": -0.5, "out": -0.5, "up": -0.5, "down": -0.5}.items():
+                assert std(wide, name) / std(base, name) == pytest.approx(8.0**power, rel=0.08), (kind, tied, name)
+            if not tied:
+                assert std(wide, "head") == pytest.approx(std(base, "head"), rel=0.08)
+
+
+def test_the_base_model_is_the_standard_one_to_the_bit() -> None:
+    standard = trained(config(64, 4))
+    for rule in (MUP | {"base_width": 64}, COMPLETEP | {"base_width": 64, "base_depth": 4}):
+        for a, b in zip(jax.tree.leaves(standard), jax.tree.leaves(trained(config(64, 4, rule))), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_completep_is_mup_at_the_base_depth() -> None:
+    one, other = trained(config(64, 2, MUP)), trained(config(64, 2, COMPLETEP))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_attention_is_one_over_head_dim() -> None:
+    assert config(256, parametrization=MUP).model.layers[0].attention.scale == pytest.approx(math.sqrt(8) / 16)
+    bare = {"kind": "mup", "base_width": 32}
+    assert config(256, parametrization=bare).model.layers[0].attention.scale == pytest.approx(1 / 16)
+
+
+def test_adamw_with_multipliers_is_adamw_with_these_numbers() -> None:
+    """Two updates of every parameter against a loop with its own lr, decay and eps; eps large enough to matter."""
+    run = config(128, 4, COMPLETEP | {"alpha": 0.5})
+    optimizer = run.optimizer.model_copy(update={"eps": 0.1, "weight_decay": 0.3, "clip_norm": None})
+    hyper = hyperparameters(optimizer, run.schedule, STEPS)
+    model = jax.jit(lambda: Transformer(run.model, key=jax.random.key(0)))()
+    rule = make_optimizer(optimizer, hyper, 0.02)
+    state, m, v = rule.init(model), 0.0, 0.0
+    infos, leaves = param_table(model), jax.tree.leaves(model)
+    pairs = [[np.asarray(leaf, np.float64), m, v] for leaf in leaves]
+    for step in (1, 2):
+        gradients = jax.tree.map(lambda p, s=step: s * jnp.cos(jnp.arange(p.size)).reshape(p.shape), model)
+        updates, state = rule.update(gradients, state, model)
+        model = jax.tree.map(jnp.add, model, updates)
+        for info, pair, g in zip(infos, pairs, jax.tree.leaves(gradients), strict=True):
+            p, m, v = pair
+            m, v = 0.9 * m + 0.1 * np.asarray(g), 0.95 * v + 0.05 * np.asarray(g) ** 2
+            direction = m / (1 - 0.9**step) / (np.sqrt(v / (1 - 0.95**step)) + 0.1 * info.eps)
+            decay = 0.3 * info.weight_decay * (info.group in ("matrix", "head"))
+            pair[:] = p - 0.02 * info.lr * (direction + decay * p), m, v
+    for (p, _, _), leaf in zip(pairs, jax.tree.leaves(model), strict=True):
+        np.testing.assert_allclose(leaf, p, rtol=2e-4, atol=2e-6)
+
+
+# ---------------------------------------------------------------- coordinate checks
+def batch() -> dict[str, jax.Array]:
+    """A fixed batch with something to learn: each token mostly decides the next."""
+    rng = np.random.default_rng(0)
+    follow, tokens = rng.permutation(64), np.zeros((BATCH, SEQ + 1), np.int32)
+    tokens[:, 0] = rng.integers(64, size=BATCH)
+    for t in range(SEQ):
+        tokens[:, t + 1] = np.where(rng.random(BATCH) < 0.8, follow[tokens[:, t]], rng.integers(64, size=BATCH))
+    return {"tokens": jnp.asarray(tokens)}
+
+
+def trained(run: RunConfig, steps: int = STEPS, seed: int = 0) -> Transformer:
+    """The model after some updates on one batch."""
+    from llamax.model.execution import Execution
+    from llamax.train.state import TrainState
+
+    hyper = hyper_of(run, STEPS)
+    execution = Execution(compute="float32")
+
+    @jax.jit
+    def go(seed: jax.Array) -> Transformer:
+        model = Transformer(run.model, key=jax.random.key(seed))
+        moments = make_optimizer(run.optimizer, hyper, hyper["lr"]).init(model)
+        zero = jnp.zeros((), jnp.int32)
+        state = TrainState(model, moments, zero, zero, jnp.float32(jnp.nan), hyper)
+        return jax.lax.fori_loop(0, steps, lambda _, s: train_step(s, batch(), run, execution)[0], state).model
+
+    return go(jnp.int32(seed) + seed_of(run))
+
+
+def moved(run: RunConfig, seeds: int = 2) -> dict[str, float]:
+    """rms over coordinates of how far training moved the embedding, the stream before the head, and the logits."""
+    found: dict[str, list[float]] = {}
+    for seed in range(seeds):
+        before, after = trained(run, 0, seed), trained(run, STEPS, seed)
+        tokens = batch()["tokens"][:, :-1]
+
+        @jax.jit
+        def looks(model: Transformer, tokens: jax.Array = tokens) -> dict[str, jax.Array]:
+            from llamax.model.execution import Execution
+
+            stream = model.embed(tokens)
+            seen = {"embedding": stream}
+            for stack in model.stacks:
+                from llamax.model.position import position_tables, rotary_kinds
+
+                tables = position_tables(model.config, SEQ).rotary
+                named = dict(zip(rotary_kinds(model.config), tables, strict=True))
+                stream, _ = stack(stream, named, None, Execution(compute="float32"))
+            return seen | {"stream": stream, "logits": model.logits(model.norm(stream), Execution(compute="float32"))}
+
+        for name, (a, b) in ((k, (looks(before)[k], v)) for k, v in looks(after).items()):
+            found.setdefault(name, []).append(float(jnp.sqrt(jnp.mean((a - b) ** 2))))
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def growth(runs: dict[int, RunConfig]) -> dict[str, float]:
+    """Exponent of each activation's movement in the size, by least squares on logs: 0 is Theta(1)."""
+    sizes = np.log(list(runs))
+    rows = [moved(run) for run in runs.values()]
+    return {name: float(np.polyfit(sizes, np.log([row[name] for row in rows]), 1)[0]) for name in rows[0]}
+
+
+FLAT = 0.2
+
+
+def flat(exponents: dict[str, float]) -> bool:
+    return all(abs(value) < FLAT for value in exponents.values())
+
+
+def test_coordinates_stay_the_same_size_in_width_under_mup() -> None:
+    found = growth({w: config(w, parametrization=MUP) for w in WIDTHS})
+    assert flat(found), found
+
+
+def test_coordinates_stay_the_same_size_in_depth_under_completep() -> None:
+    found = growth({depth: config(32, depth, COMPLETEP) for depth in DEPTHS})
+    assert flat(found), found
+
+
+def test_standard_parametrization_fails_in_width() -> None:
+    found = growth({w: config(w) for w in WIDTHS})
+    assert found["logits"] > 2 * FLAT, found
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["no_lr", "no_output", "hidden_std"],
+)
+def test_a_wrong_mup_fails_the_same_check(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if wrong == "no_lr":
+        monkeypatch.setitem(WIDTH, "hidden", WIDTH["hidden"]._replace(lr=0.0))
+    elif wrong == "no_output":
+        monkeypatch.setattr(MuP, "output_factor", lambda self, d_model: 1.0)
+    else:
+        monkeypatch.setitem(WIDTH, "hidden", Factors(0.0, -1.0, 1.0, -1.0))
+    found = growth({w: config(w, parametrization=MUP) for w in WIDTHS})
+    assert not flat(found), found
+
+
+def test_a_wrong_completep_fails_the_same_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CompleteP, "residual_factor", lambda self, layers: 1.0)
+    found = growth({depth: config(32, depth, COMPLETEP) for depth in DEPTHS})
+    assert not flat(found), found
+
+
+# ---------------------------------------------------------------- bad input, and who else must know
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optimizer.kind=muon", "model.parametrization.kind=completep is defined for optimizer.kind=adamw, not muon"),
+        ("model.attention.scale=0.1", "attention.scale=0.1"),
+        ("model.embedding.scale=sqrt_d_model", "embedding.scale=sqrt_d_model"),
+        ("model.init.depth_scaling=layer", "init.depth_scaling=layer"),
+        ("model.placement=sandwich", "placement=pre, not sandwich"),
+        ("style=deepseek_v3", "attention.kind=mla"),
+        ("model.segments=[{repeat: 2, unit: [{residual_factor: 2.0}]}]", "residual_factor is set by"),
+        ("model.parametrization.base_width=0", "base_width = 0"),
+        ("model.parametrization.alpha=0.3", "alpha = 0.3"),
+    ],
+)
+def test_what_does_not_fit_is_refused(override: str, words: str) -> None:
+    rule = "model.parametrization={kind: completep, base_width: 32, base_depth: 2}"
+    with pytest.raises(UserError) as error:
+        load_run("tiny", [rule, override])
+    assert words in str(error.value)
+
+
+def test_a_style_keeps_the_parametrization() -> None:
+    run = load_run("tiny", ["model.parametrization={kind: mup, base_width: 32}", "style=qwen3"])
+    assert run.model.parametrization == MuP(kind="mup", base_width=32)
+
+
+def test_export_refuses_multipliers() -> None:
+    with pytest.raises(UserError, match=r"parametrization\.kind=mup"):
+        write_config(config(64, parametrization=MUP).model, "export")
+
+
+def test_the_standard_field_is_not_part_of_the_hash() -> None:
+    """Runs from before the field keep their directories; another parametrization is another run."""
+    import hashlib
+    import json
+
+    run = config(64)
+    data = {k: v for k, v in run.as_dict().items() if k in ("model", "data", "optimizer", "schedule", "train")}
+    assert data["model"].pop("parametrization") == {"kind": "standard"}
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    assert run.hash8 == hashlib.sha256(text.encode()).hexdigest()[:8]
+    assert config(64, parametrization=MUP).hash8 != run.hash8
