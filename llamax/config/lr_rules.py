@@ -21,7 +21,7 @@ class StepLaw(Frozen):
 
 
 class SqrtBatch(Frozen):
-    """Peak learning rate = lr sqrt(B / batch_tokens), B the batch in tokens: the square-root rule of adaptive optimizers
+    """Peak learning rate = lr sqrt(B / batch_tokens), B the batch in tokens: the square-root rule of adaptive methods
     (arXiv:2205.10287). `lr` is the best one known at `batch_tokens`."""
 
     kind: Literal["sqrt_batch"]
@@ -32,7 +32,7 @@ class SqrtBatch(Frozen):
 class Marin(Frozen):
     """Peak learning rate = constant sqrt(B) / d_model, B in sequences of `seq_len` tokens, at most `max`.
 
-    marin-community/marin, experiments/scaling_law_sweeps/c_adamc.py, CAdamCRecipe (lr_constant, max_learning_rate), whose
+    marin-community/marin, experiments/scaling_law_sweeps/c_adamc.py, CAdamCRecipe (lr_constant, max_learning_rate); its
     sequences have 4096 tokens. There a batch is halved until the rate is below the cap; here the rate is capped.
     """
 

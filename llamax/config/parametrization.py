@@ -1,8 +1,8 @@
-"""How initialization, forward multipliers and AdamW's numbers follow width and depth: one field, `model.parametrization`.
+"""How starts, forward multipliers and AdamW's numbers follow width and depth: one field, `model.parametrization`.
 
 Everything is relative to a base model, whose numbers are the standard ones: a learning rate found at the base is used
-at every width (muP) and depth (CompleteP). m_N = d_model / base_width, m_L = layers / base_depth. What a parametrization
-multiplies by is the table `WIDTH` and the methods here; `llamax/model/parametrize.py` applies it to the parameters.
+at every width (muP) and depth (CompleteP). m_N = d_model / base_width, m_L = layers / base_depth. What is multiplied by
+what is the table `WIDTH` and the methods here; `llamax/model/parametrize.py` applies it to the parameters.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Factors(NamedTuple):
     eps: float = 1.0
 
 
-# Exponents of m_N (arXiv:2505.01618, table 1, column muP; arXiv:2203.03466, table 8, for Adam). `input`: embeddings and
-# whatever else is not contracted with the width; `hidden`: matrices from width to width, experts among them; `vector`:
-# norms and biases; `output`: the head, whose product is multiplied by 1 / m_N. AdamW's eps follows the gradients, all of
-# which the head's multiplier makes 1 / m_N as large. A router is an output layer (arXiv:2508.09752) without a multiplier:
-# W / m_N in place of W, the same function and, with these exponents, the same training.
+# Exponents of m_N (arXiv:2505.01618, table 1, column muP; arXiv:2203.03466, table 8, for Adam). `input`: embeddings;
+# `hidden`: matrices from width to width, experts among them; `vector`: norms and biases; `output`: the head, whose
+# product is multiplied by 1 / m_N. AdamW's eps follows the gradients, all of which the head's multiplier makes 1 / m_N
+# as large. A router is an output layer (arXiv:2508.09752) without a multiplier: W / m_N in place of W, the same
+# function and, with these exponents, the same training.
 WIDTH: dict[Role, Factors] = {
     "input": Factors(0.0, 0.0, 0.0, -1.0),
     "hidden": Factors(-0.5, -1.0, 1.0, -1.0),
@@ -79,12 +79,12 @@ class _Scaled(Frozen):
 
 
 class MuP(_Scaled):
-    """Maximal update parametrization (arXiv:2203.03466, table 8, Adam), with weight decay and eps as in arXiv:2505.01618.
+    """Maximal update parametrization (arXiv:2203.03466, table 8, Adam); weight decay and eps as in arXiv:2505.01618.
 
     Against the base: matrices start at 1 / sqrt(m_N) of its std and learn at 1 / m_N of its rate, decayed m_N times as
     much; the head's product is divided by m_N, eps too. d_ff, heads x head_dim and experts' widths are to grow with
-    d_model. Attention logits are q k / head_dim; with `base_head_dim` sqrt(base_head_dim) times that, so that a model of
-    the base's width is the standard model.
+    d_model. Attention logits are q k / head_dim; with `base_head_dim` sqrt(base_head_dim) times that, so that a model
+    of the base's width is the standard model.
     """
 
     kind: Literal["mup"]
@@ -93,7 +93,7 @@ class MuP(_Scaled):
 class CompleteP(_Scaled):
     """muP in width, and residual branches multiplied by m_L ** -alpha in depth (arXiv:2505.01618, table 1).
 
-    Learning rates of everything inside a block follow m_L ** (alpha - 1) and its eps m_L ** -alpha; `init.depth_scaling`
+    Learning rates of everything inside a block follow m_L ** (alpha - 1), its eps m_L ** -alpha; `init.depth_scaling`
     keeps to `base_depth`. alpha = 1 is CompleteP, 0.5 the square root of other depth rules.
     """
 

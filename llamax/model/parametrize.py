@@ -1,4 +1,4 @@
-"""A parametrization applied to the parameters of a fresh model: how they start, and what their optimizer multiplies by."""
+"""A parametrization applied to the parameters of a fresh model: how they start, and what AdamW multiplies by."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flax import nnx
 from llamax.config.model import ModelConfig
 from llamax.config.parametrization import Role, Standard
 
-# The role of each optimizer group (see WIDTH of config/parametrization.py); a norm or a bias is a vector wherever it is.
+# The role of each optimizer group, see WIDTH of config/parametrization.py.
 ROLES: dict[str, Role] = {
     "embedding": "input",
     "head": "output",
@@ -48,7 +48,8 @@ def parametrize(model: nnx.Module, config: ModelConfig) -> None:
         if std != 1.0 and ROLES[group] != "vector":
             variable.set_value(variable.get_value() * std)
         noted = {name: value for name, value in factors._asdict().items() if name != "std" and value != 1.0}
-        variable.set_metadata(**noted)
+        if noted:
+            variable.set_metadata(**noted)
 
 
 def _in_block(path: Any) -> bool:

@@ -97,18 +97,25 @@ def sequence(n: int) -> list[str]:
 # ---------------------------------------------------------------- figures
 def panel(width: float = 6.6, height: float = 4.4) -> tuple[Figure, Axes]:
     """An empty figure with one set of axes, sizes in inches of 72 points (a point is 4/3 of a pixel on the page)."""
+    figure, (axes,) = panels(1, width, height)
+    return figure, axes
+
+
+def panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """`count` axes side by side with one vertical scale; the first alone has its labels."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context(_RC):
         figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set(color=MUTED, linewidth=0.6)
-    axes.grid(True, which="major", color=GRID, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(which="both", length=0, labelcolor=MUTED, labelsize=9, pad=4)
-    return figure, axes
+        row = list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
+    for axes in row:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set(color=MUTED, linewidth=0.6)
+        axes.grid(True, which="major", color=GRID, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.tick_params(which="both", length=0, labelcolor=MUTED, labelsize=9, pad=4)
+    return figure, row
 
 
 _RC: dict[Any, Any] = {

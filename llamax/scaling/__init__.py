@@ -31,6 +31,7 @@ from llamax.scaling.laws import (
 from llamax.scaling.predict import Prediction, Recommendation, Score, predict, recommend, score
 from llamax.scaling.register import read_predictions, register, scores
 from llamax.scaling.table import read_table
+from llamax.scaling.transfer import Shift, lr_optima, lr_shift, transfer_summary
 
 __all__ = [
     "Allocation",
@@ -46,8 +47,12 @@ __all__ = [
     "Recommendation",
     "ScalingFit",
     "Score",
+<<<<<<< HEAD
     "Spike",
     "align_curves",
+=======
+    "Shift",
+>>>>>>> 7387560 (Learning-rate rules that print their derivation; llamax study lr-transfer)
     "bootstrap_approach2",
     "bootstrap_parametric",
     "collapse_curves",
@@ -57,7 +62,12 @@ __all__ = [
     "fit_approach3",
     "fit_coupled",
     "fit_frame",
+<<<<<<< HEAD
     "noise_scale",
+=======
+    "lr_optima",
+    "lr_shift",
+>>>>>>> 7387560 (Learning-rate rules that print their derivation; llamax study lr-transfer)
     "optimal_allocation",
     "optimal_allocation_under",
     "predict",
@@ -67,5 +77,9 @@ __all__ = [
     "register",
     "running_median",
     "score",
+<<<<<<< HEAD
     "scores",
+=======
+    "transfer_summary",
+>>>>>>> 7387560 (Learning-rate rules that print their derivation; llamax study lr-transfer)
 ]

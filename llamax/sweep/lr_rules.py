@@ -24,10 +24,8 @@ class Derived:
     note: str = ""
 
     def __str__(self) -> str:
-        note = f", {self.note}" if self.note else ""
-        return (
-            f"lr = {self.formula} = {self.numbers} = {self.raw:.4g}{note}; three digits: {self.value:g} ({self.source})"
-        )
+        kept = f"{self.raw:.4g}, {self.note}" if self.note else f"{self.raw:.4g}"
+        return f"lr = {self.formula} = {self.numbers} = {kept}; three digits: {self.value:g} ({self.source})"
 
 
 def derive(rule: LrRule, config: RunConfig, tokens: float) -> Derived:

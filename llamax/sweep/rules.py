@@ -28,7 +28,7 @@ def resolve(config: RunConfig, rules: Rules) -> tuple[dict[str, Any], dict[str, 
     if rules.batch is not None:
         if train.steps is not None and not isinstance(rules.batch, FixedBatch):
             raise UserError(
-                f"rules.batch: {rules.batch.kind} needs D, and train.steps={train.steps} makes D depend on the batch; "
+                f"rules.batch: kind {rules.batch.kind} needs D, and train.steps={train.steps} fixes D by the batch; "
                 "give train.tokens, train.tokens_per_param or train.flops, or a fixed batch"
             )
         batch, said["batch"] = _batch(_as_power(rules.batch), planned_tokens(train, n), train.seq_len)

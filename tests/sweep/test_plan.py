@@ -104,7 +104,7 @@ def test_a_rule_may_be_an_axis() -> None:
 
 
 def test_a_batch_law_needs_a_horizon_in_tokens() -> None:
-    with pytest.raises(UserError, match=r"cell s: rules.batch: the power law needs D, and train.steps=10"):
+    with pytest.raises(UserError, match=r"cell s: rules.batch: kind power_law needs D, and train.steps=10"):
         plan(rules={"batch": {"kind": "power_law", "coefficient": 1, "d_exponent": 0.5}})
 
 
