@@ -45,7 +45,7 @@ def test_step_law_by_logarithms() -> None:
 
 
 def test_step_law_at_the_papers_scale() -> None:
-    """A billion parameters on 100 billion tokens: 1.79 x 10^(-0.713 x 9 + 0.307 x 11) = 1.632e-3; 0.58 x 10^(0.571 x 11)
+    """A billion parameters, 100 billion tokens: 1.79 x 10^(-0.713 x 9 + 0.307 x 11) = 1.632e-3; 0.58 x 10^(0.571 x 11)
     tokens a batch."""
     n = inner_parameters(run("model.base=ladder/d1024"))
     found = derive(StepLaw(kind="step_law"), run("model.base=ladder/d1024"), 1e11)
