@@ -164,7 +164,8 @@ class Transformer(nnx.Module):
         """The output matrix with its parametrization's factor, the transposed embedding where the head is tied."""
         head = self.embedding[...].T if self.config.head.tied else self.head[...]
         rule = self.config.parametrization
-        return head if isinstance(rule, Standard) else head * rule.output_factor(self.config.d_model)
+        factor = 1.0 if isinstance(rule, Standard) else rule.output_factor(self.config.d_model)
+        return head if factor == 1.0 else head * factor
 
     def features(
         self,

@@ -62,7 +62,10 @@ def transfer_spec(
         },
     }
     rules["completep"] = {**rules["mup"], "kind": "completep", "base_depth": shape["base_depth"]}
-    sizes = {"model.base": [f"ladder/d{width}" for width in sorted(widths)], "model.segments.0.repeat": sorted(depths)}
+    sizes: dict[str, list[Any]] = {
+        "model.base": [f"ladder/d{width}" for width in sorted(widths)],
+        "model.segments.0.repeat": sorted(depths),
+    }
     one = [f"{path}={values[0]}" for path, values in sizes.items() if len(values) == 1]
     several = {path: values for path, values in sizes.items() if len(values) > 1}
     axes: list[dict[str, Any]] = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -24,7 +25,7 @@ from llamax.train.state import TrainState, hyper_of
 from llamax.train.step import train_step
 
 EXECUTION = Execution(compute="float32")
-WIDTHS, DEPTHS, STEPS, BATCH, SEQ = (32, 64, 128, 256), (2, 4, 8), 4, 4, 16
+STEPS, BATCH, SEQ = 4, 4, 16
 MUP = {"kind": "mup", "base_width": 32, "base_head_dim": 8}
 COMPLETEP = {"kind": "completep", "base_width": 32, "base_depth": 2, "base_head_dim": 8}
 
@@ -104,36 +105,39 @@ def test_multipliers_reach_every_parameter() -> None:
     assert found == expected
 
 
+def stds(run: RunConfig) -> dict[str, float]:
+    """The std of every array at the start, by the last part of its path."""
+    model = jax.jit(lambda: jax.tree.map(jnp.std, Transformer(run.model, key=jax.random.key(0))))()
+    flat = jax.tree_util.tree_leaves_with_path(model)
+    return {jax.tree_util.keystr(path[:-1]).rpartition(".")[2]: float(value) for path, value in flat}
+
+
 def test_starts_have_the_tables_std() -> None:
-    for kind in ("fan_in", "normal"):
-        for tied in (False, True):
-            init = {"kind": kind, "std": 0.3, "depth_scaling": "total"}
-            base = Transformer(config(32, 2, tied=tied, init=init).model, key=jax.random.key(0))
-            wide = Transformer(config(256, 8, COMPLETEP, tied=tied, init=init).model, key=jax.random.key(0))
+    powers = {"embedding": 0.0, "head": 0.0, "query": -0.5, "out": -0.5, "up": -0.5, "down": -0.5}
+    for kind, tied in (("fan_in", False), ("fan_in", True), ("normal", False)):
+        init = {"kind": kind, "std": 0.3, "depth_scaling": "total"}
+        base = stds(config(32, 2, tied=tied, init=init))
+        wide = stds(config(256, 8, COMPLETEP, tied=tied, init=init))
+        for name, power in powers.items():
+            if name in base:
+                assert wide[name] / base[name] == pytest.approx(8.0**power, rel=0.08), (kind, tied, name)
 
-            def std(model: Transformer, name: str) -> float:
-                block = model.stacks[0].blocks[0]
-                place = {"embedding": model, "head": model, "query": block.attention, "out": block.attention}
-                part = getattr(place.get(name, block.mlp), name)
-                return float(jnp.std(part[...]))
 
-            for name, power in {"embedding": 0.0, "query": -0.5, "out": -0.5, "up": -0.5, "down": -0.5}.items():
-                assert std(wide, name) / std(base, name) == pytest.approx(8.0**power, rel=0.08), (kind, tied, name)
-            if not tied:
-                assert std(wide, "head") == pytest.approx(std(base, "head"), rel=0.08)
+def program(run: RunConfig) -> str:
+    """Everything that a run of one update computes, from the seed on, as text."""
+    return str(jax.make_jaxpr(lambda k: updated(run, Transformer(run.model, key=jax.random.key(k)), 1))(0))
 
 
 def test_the_base_model_is_the_standard_one_to_the_bit() -> None:
-    standard = trained(config(64, 4))
-    for rule in (MUP | {"base_width": 64}, COMPLETEP | {"base_width": 64, "base_depth": 4}):
-        for a, b in zip(jax.tree.leaves(standard), jax.tree.leaves(trained(config(64, 4, rule))), strict=True):
-            np.testing.assert_array_equal(a, b)
+    standard = program(config(64, 4))
+    assert program(config(64, 4, MUP | {"base_width": 64})) == standard
+    assert program(config(64, 4, COMPLETEP | {"base_width": 64, "base_depth": 4})) == standard
+    assert program(config(64, 4, MUP)) != standard
 
 
 def test_completep_is_mup_at_the_base_depth() -> None:
-    one, other = trained(config(64, 2, MUP)), trained(config(64, 2, COMPLETEP))
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert program(config(64, 2, COMPLETEP)) == program(config(64, 2, MUP))
+    assert program(config(64, 4, COMPLETEP)) != program(config(64, 4, MUP))
 
 
 def test_attention_is_one_over_head_dim() -> None:
@@ -186,11 +190,6 @@ def updated(run: RunConfig, model: Transformer, steps: jax.Array) -> Transformer
     return jax.lax.fori_loop(0, steps, lambda _, s: train_step(s, batch(), run, EXECUTION)[0], state).model
 
 
-def trained(run: RunConfig, seed: int = 0) -> Transformer:
-    """The model of a seed after STEPS updates."""
-    return jax.jit(lambda k, n: updated(run, Transformer(run.model, key=jax.random.key(k)), n))(seed, STEPS)
-
-
 def activations(model: Transformer) -> dict[str, jax.Array]:
     """The embedded batch, the stream that leaves the last block, and the logits."""
     tokens = batch()["tokens"][:, :-1]
@@ -215,10 +214,17 @@ def moved(run: RunConfig, seeds: int = 2) -> dict[str, float]:
     return {name: float(np.mean([row[name] for row in found])) for name in found[0]}
 
 
-def growth(runs: dict[int, RunConfig]) -> dict[str, float]:
-    """Exponent of each activation's movement in the size, by least squares on logs: 0 is Theta(1)."""
-    sizes = np.log(list(runs))
-    rows = [moved(run) for run in runs.values()]
+@functools.cache
+def base() -> dict[str, float]:
+    """`moved` of the base model, which every parametrization, right or wrong, leaves as it is."""
+    return moved(config())
+
+
+def growth(runs: dict[int, RunConfig], first: int) -> dict[str, float]:
+    """Exponent of each activation's movement in the size, by least squares on logs: 0 is Theta(1). The base, of size
+    `first`, is added to `runs`."""
+    sizes = np.log([first, *runs])
+    rows = [base(), *(moved(run) for run in runs.values())]
     return {name: float(np.polyfit(sizes, np.log([row[name] for row in rows]), 1)[0]) for name in rows[0]}
 
 
@@ -232,17 +238,12 @@ def flat(exponents: dict[str, float]) -> bool:
 
 
 def test_coordinates_stay_the_same_size_in_width_under_mup() -> None:
-    found = growth({w: config(w, parametrization=MUP) for w in WIDTHS})
-    assert flat(found), found
-
-
-def test_coordinates_stay_the_same_size_in_depth_under_completep() -> None:
-    found = growth({depth: config(32, depth, COMPLETEP) for depth in DEPTHS})
+    found = growth({width: config(width, parametrization=MUP) for width in (64, 256)}, 32)
     assert flat(found), found
 
 
 def test_standard_parametrization_fails_in_width() -> None:
-    found = growth({w: config(w) for w in (32, 256)})
+    found = growth({256: config(256)}, 32)
     assert found["stream"] > 2 * FLAT, found
 
 
@@ -254,13 +255,18 @@ def test_a_wrong_mup_fails_the_same_check(wrong: str, monkeypatch: pytest.Monkey
         monkeypatch.setattr(MuP, "output_factor", lambda self, d_model: 1.0)
     else:
         monkeypatch.setitem(WIDTH, "hidden", Factors(0.0, -1.0, 1.0, -1.0))
-    found = growth({w: config(w, parametrization=MUP) for w in (32, 256)})
+    found = growth({256: config(256, parametrization=MUP)}, 32)
     assert not flat(found), found
+
+
+def test_coordinates_stay_the_same_size_in_depth_under_completep() -> None:
+    found = growth({8: config(32, 8, COMPLETEP)}, 2)
+    assert flat(found), found
 
 
 def test_a_wrong_completep_fails_the_same_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CompleteP, "residual_factor", lambda self, layers: 1.0)
-    found = growth({depth: config(32, depth, COMPLETEP) for depth in (2, 8)})
+    found = growth({8: config(32, 8, COMPLETEP)}, 2)
     assert not flat(found), found
 
 
