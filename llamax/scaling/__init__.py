@@ -47,12 +47,9 @@ __all__ = [
     "Recommendation",
     "ScalingFit",
     "Score",
-<<<<<<< HEAD
+    "Shift",
     "Spike",
     "align_curves",
-=======
-    "Shift",
->>>>>>> 7387560 (Learning-rate rules that print their derivation; llamax study lr-transfer)
     "bootstrap_approach2",
     "bootstrap_parametric",
     "collapse_curves",
@@ -62,12 +59,9 @@ __all__ = [
     "fit_approach3",
     "fit_coupled",
     "fit_frame",
-<<<<<<< HEAD
-    "noise_scale",
-=======
     "lr_optima",
     "lr_shift",
->>>>>>> 7387560 (Learning-rate rules that print their derivation; llamax study lr-transfer)
+    "noise_scale",
     "optimal_allocation",
     "optimal_allocation_under",
     "predict",
@@ -77,9 +71,6 @@ __all__ = [
     "register",
     "running_median",
     "score",
-<<<<<<< HEAD
     "scores",
-=======
     "transfer_summary",
->>>>>>> 7387560 (Learning-rate rules that print their derivation; llamax study lr-transfer)
 ]
