@@ -1,10 +1,12 @@
-"""Approach 2 of Hoffmann et al. 2022 (arXiv:2203.15556, section 3.2): one parabola per compute budget.
+"""Approach 2 of Hoffmann et al. 2022 (arXiv:2203.15556, section 3.2): one valley per compute budget.
 
-At a fixed budget the loss against log N (or log D) is a valley. A parabola gives its vertex; a power law through the
-vertices gives N_opt(C) and D_opt(C). N and D are fitted separately, each from its own parabolas.
+At a fixed budget the loss against log N (or log D) is a valley. A parabola, or an Akima spline, gives its vertex
+(valleys.py); a power law through the vertices gives N_opt(C) and D_opt(C). N and D are fitted separately, each from its
+own valleys.
 
-The vertex is biased even without noise when alpha != beta, because the valley is not symmetric (arXiv:2603.22339): the
-exponent stays right, the coefficient does not, and the bias grows with the width of the grid.
+The vertex of a parabola is biased even without noise when alpha != beta, because the valley is not symmetric
+(arXiv:2603.22339): the exponent stays right, the coefficient does not, and the bias grows with the width of the grid;
+where the grid is centred differently at each budget the exponent is wrong too. bias.py says by how much.
 """
 
 import math
@@ -17,31 +19,16 @@ from jaxtyping import Bool, Float
 
 from llamax.errors import UserError
 from llamax.scaling.laws import Scalar, plain
+from llamax.scaling.valleys import Valleys, Vertex, fit_valleys, least_sizes
 
 NARROW_DECADES = 1.5  # below this an exponent is an extrapolation of noise
 OFF_CENTRE = 0.8  # a vertex this close to an end leaves one side of the valley unmeasured
-
-
-@dataclass(frozen=True)
-class Valleys:
-    """Parabolas y = height + curvature/2 (x - vertex)^2 of one grid under many weightings; every field is `[draws]`.
-
-    x is log N or log D, vertex in the same unit; curvature in nats per (unit of natural log)^2. `interior`: the vertex
-    lies strictly inside the measured range and the curvature is positive. `centring`: 0 at the middle of the grid in x,
-    -1 and +1 at its ends. `sound`: at least three distinct x had weight; where it is False the numbers are nan.
-    """
-
-    vertex: np.ndarray
-    height: np.ndarray
-    curvature: np.ndarray
-    centring: np.ndarray
-    interior: np.ndarray
-    sound: np.ndarray
+OFF_CENTRE_ALL = 0.35  # mean over budgets, or drift over them, of the vertex off the middle: 1 is half the grid
 
 
 @dataclass(frozen=True)
 class Valley:
-    """One fitted parabola: `vertex` in parameters or tokens, `loss` in nats per token; None = not determined."""
+    """One fitted valley: `vertex` in parameters or tokens, `loss` in nats per token; None = not determined."""
 
     vertex: float | None
     loss: float | None
@@ -58,7 +45,7 @@ class BudgetFit:
     flops: float
     n_points: int
     n_sizes: int
-    residual: float | None  # root mean square of loss minus parabola in log N, nats per token
+    residual: float | None  # root mean square of loss minus parabola in log N, nats per token; None for a spline
     n: Valley
     d: Valley
     warnings: tuple[str, ...]
@@ -110,6 +97,7 @@ class Approach2Fit:
     budgets: tuple[BudgetFit, ...]
     n_points: int
     warnings: tuple[str, ...]
+    vertex: Vertex = "parabola"
 
     @property
     def interior_minima(self) -> int:
@@ -125,18 +113,22 @@ class Approach2Fit:
             "d_coefficient": math.exp(self.d.log_coefficient) if self.d else None,
             "n_points": self.n_points,
             "frontier": dict(vars(self.frontier)) if self.frontier else None,
+            "vertex": self.vertex,
             "interior_minima": self.interior_minima,
             "budgets": [b.as_dict() for b in self.budgets],
             "warnings": list(self.warnings),
         }
 
 
-def fit_approach2(frame: pd.DataFrame) -> Approach2Fit:
+def fit_approach2(frame: pd.DataFrame, vertex: Vertex = "parabola") -> Approach2Fit:
     """Fit runs, grouped by label. Columns: `budget`, `n` parameters, `d` tokens, `flops`, `loss` nats per token.
 
-    Rows must be clean (see llamax.scaling.table.clean). Raises UserError for missing columns or no rows.
+    vertex: `parabola` or `akima` (a spline through the points, four sizes or more). Rows must be clean (see
+    llamax.scaling.table.clean). Raises UserError for missing columns, no rows, or another vertex.
     """
-    budgets = tuple(_fit_budget(label, rows) for label, rows in by_budget(frame))
+    if vertex not in ("parabola", "akima"):
+        raise UserError(f"vertex: {vertex!r}; choose parabola or akima")
+    budgets = tuple(_fit_budget(label, rows, vertex) for label, rows in by_budget(frame))
     log_c = np.log([b.flops for b in budgets])
     warnings = [word for b in budgets for word in b.warnings] + _spread_warnings(log_c)
     laws: dict[str, PowerLaw | None] = {}
@@ -145,6 +137,7 @@ def fit_approach2(frame: pd.DataFrame) -> Approach2Fit:
         valid = np.array([[v.interior for v in valleys]])
         line = fit_power_law(log_c, np.log([[v.vertex or 1.0 for v in valleys]]), valid)
         kept, axis_name = int(valid.sum()), axis.upper()
+        warnings += _centring_warnings(log_c, valleys, axis_name)
         if kept < len(budgets):
             warnings.append(f"{len(budgets) - kept} of {len(budgets)} budgets dropped from the {axis_name} fit")
         if kept < 2:
@@ -155,7 +148,7 @@ def fit_approach2(frame: pd.DataFrame) -> Approach2Fit:
             )
         laws[axis] = PowerLaw(float(line.exponent[0]), float(line.log_coefficient[0])) if kept >= 2 else None
     frontier, words = _fit_frontier(budgets)
-    return Approach2Fit(laws["n"], laws["d"], frontier, budgets, len(frame), tuple(warnings + words))
+    return Approach2Fit(laws["n"], laws["d"], frontier, budgets, len(frame), tuple(warnings + words), vertex)
 
 
 def by_budget(frame: pd.DataFrame) -> list[tuple[Any, pd.DataFrame]]:
@@ -173,30 +166,6 @@ def budget_name(label: Any) -> str:
     return f"budget {label:.3g}" if isinstance(label, (int, float, np.number)) else f"budget {label}"
 
 
-def fit_valleys(
-    x: Float[np.ndarray, "runs"], y: Float[np.ndarray, "runs"], weights: Float[np.ndarray, "draws runs"]
-) -> Valleys:
-    """Weighted least-squares parabola of y over x for every row of `weights` (a bootstrap draw, or ones)."""
-    middle, half = (x.max() + x.min()) / 2, max(float(np.ptp(x)) / 2, 1e-12)
-    u = (x - middle) / half  # in [-1, 1]: the normal equations are then well conditioned
-    # Sizes of one grid differ by far more than rounding; tokens of equal runs may differ in the last bit.
-    distinct = np.unique(np.round(x, 9), return_inverse=True)[1]
-    present = np.stack([weights[:, distinct == i].sum(1) > 0 for i in range(int(np.max(distinct)) + 1)], axis=1)
-    sound = present.sum(1) >= 3
-    basis = np.stack([np.ones_like(u), u, u**2], axis=1)
-    normal = np.einsum("bm,mi,mj->bij", weights, basis, basis)
-    normal[~sound] = np.eye(3)
-    c0, c1, c2 = np.linalg.solve(normal, (weights @ (basis * y[:, None]))[..., None])[..., 0].T
-    with np.errstate(divide="ignore", invalid="ignore"):
-        at = np.where(np.abs(c2) > 1e-14 * (np.abs(y).max() + 1e-300), -c1 / (2 * c2), np.inf)
-    low = np.where(sound, np.min(np.where(weights > 0, u, np.inf), axis=1), np.nan)
-    high = np.where(sound, np.max(np.where(weights > 0, u, -np.inf), axis=1), np.nan)
-    interior = sound & (c2 > 0) & (at > low) & (at < high)
-    values = (middle + half * at, c0 - c1**2 / (4 * np.where(c2 == 0, np.nan, c2)), 2 * c2 / half**2, at)
-    vertex, height, curvature, centring = (np.where(sound & np.isfinite(v), v, np.nan) for v in values)
-    return Valleys(vertex, height, curvature, centring, interior, sound)
-
-
 def fit_power_law(
     log_c: Float[np.ndarray, "budgets"],
     log_v: Float[np.ndarray, "draws budgets"],
@@ -212,7 +181,7 @@ def fit_power_law(
     return PowerLaw(slope, mean_v - slope * mean_c)
 
 
-def _fit_budget(label: Any, rows: pd.DataFrame) -> BudgetFit:
+def _fit_budget(label: Any, rows: pd.DataFrame, vertex: Vertex) -> BudgetFit:
     loss = rows["loss"].to_numpy(float)
     name = budget_name(label)
     ones, words = np.ones((1, len(rows))), []
@@ -225,18 +194,18 @@ def _fit_budget(label: Any, rows: pd.DataFrame) -> BudgetFit:
     sizes = int(np.unique(np.round(np.log(rows["n"].to_numpy(float)), 9)).size)
     if flat:
         words.append(f"{name}: all losses equal: no valley")
-    elif sizes == 3:
+    elif sizes == 3 and vertex == "parabola":
         words.append(f"{name}: three sizes: the parabola fits exactly and says nothing about noise")
     valleys, residual = {}, None
     for axis in ("n", "d"):
         x = np.log(rows[axis].to_numpy(float))
-        many = fit_valleys(x, loss, ones)
+        many = fit_valleys(x, loss, ones, vertex)
         valley = _one_valley(many, flat)
         valleys[axis] = valley
-        if axis == "n" and valley.curvature is not None and len(rows) > 3:
+        if axis == "n" and vertex == "parabola" and valley.curvature is not None and len(rows) > 3:
             curve = many.height[0] + many.curvature[0] / 2 * (x - many.vertex[0]) ** 2
             residual = float(np.sqrt(np.sum((loss - curve) ** 2) / (len(rows) - 3)))
-        words += _valley_words(name, axis, valley, x, sizes, flat)
+        words += _valley_words(name, axis, valley, x, sizes, flat, vertex)
     flops = float(np.exp(np.log(spent).mean()))
     return BudgetFit(label, flops, len(rows), sizes, residual, valleys["n"], valleys["d"], tuple(words))
 
@@ -253,14 +222,17 @@ def _one_valley(many: Valleys, flat: bool) -> Valley:
     )
 
 
-def _valley_words(name: str, axis: str, valley: Valley, x: np.ndarray, sizes: int, flat: bool) -> list[str]:
+def _valley_words(
+    name: str, axis: str, valley: Valley, x: np.ndarray, sizes: int, flat: bool, vertex: Vertex
+) -> list[str]:
     what = axis.upper()
     if flat:
         return []
     if valley.curvature is None or valley.vertex is None or valley.centring is None:
-        return [f"{name}: {sizes} distinct sizes in {what}; a parabola needs three"]
+        needs = "a parabola needs three" if vertex == "parabola" else f"a spline needs {least_sizes(vertex)}"
+        return [f"{name}: {sizes} distinct sizes in {what}; {needs}"]
     grid = f"[{math.exp(x.min()):.3g}, {math.exp(x.max()):.3g}]"
-    if valley.curvature <= 0:
+    if valley.curvature <= 0 and vertex == "parabola":
         return [f"{name}: the parabola in {what} opens downward: no minimum in the grid {grid}"]
     if not valley.interior:
         side = "lower" if valley.centring < 0 else "upper"
@@ -268,6 +240,28 @@ def _valley_words(name: str, axis: str, valley: Valley, x: np.ndarray, sizes: in
     if abs(valley.centring) > OFF_CENTRE:
         side = "lower" if valley.centring < 0 else "upper"
         return [f"{name}: the vertex in {what} ({valley.vertex:.3g}) is close to the grid's {side} edge {grid}"]
+    return []
+
+
+def _centring_warnings(log_c: np.ndarray, valleys: list[Valley], what: str) -> list[str]:
+    """Grids that miss the vertex on one side, on the whole or ever more with compute."""
+    kept = [(c, v.centring) for c, v in zip(log_c, valleys, strict=True) if v.interior and v.centring is not None]
+    if len(kept) < 3:
+        return []
+    c, centring = np.array(kept).T
+    mean = float(centring.mean())
+    drift = float(np.polyfit(c, centring, 1)[0] * np.ptp(c)) if np.ptp(c) > 0 else 0.0
+    if abs(drift) > 2 * OFF_CENTRE_ALL:
+        return [
+            f"the grids in {what} are centred differently: from the first budget to the last the vertex moves by "
+            f"{drift:+.2f} of half the grid, which biases the exponent (llamax.scaling.approach2_bias says by how much)"
+        ]
+    if abs(mean) > OFF_CENTRE_ALL:
+        side = "small" if mean > 0 else "large"
+        return [
+            f"the grids in {what} are off-centre: too many {side} sizes, the vertex lies at {mean:+.2f} of half the "
+            "grid, which biases the coefficient"
+        ]
     return []
 
 

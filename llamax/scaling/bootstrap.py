@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llamax.scaling.approach2 import PowerLaw, budget_name, by_budget, fit_power_law, fit_valleys
+from llamax.scaling.approach2 import PowerLaw, budget_name, by_budget, fit_power_law
 from llamax.scaling.approach3 import ParametricFit, refit
 from llamax.scaling.laws import ChinchillaLaw, CoupledLaw, Law, Scalar
 from llamax.scaling.solver import COUPLED_EXPONENT_RANGE, EXPONENT_RANGE, GAMMA_RANGE
+from llamax.scaling.valleys import Vertex, fit_valleys
 
 Interval = tuple[float, float]
 PRIOR_SHIFTS = tuple(NormalDist().inv_cdf((i + 0.5) / 7) for i in range(7))  # in widths of the prior
@@ -138,7 +139,9 @@ def resample_counts(frame: pd.DataFrame, draws: int, rng: np.random.Generator) -
     return counts[:, cluster]
 
 
-def bootstrap_approach2(frame: pd.DataFrame, draws: int, rng: np.random.Generator) -> Approach2Draws:
+def bootstrap_approach2(
+    frame: pd.DataFrame, draws: int, rng: np.random.Generator, vertex: Vertex = "parabola"
+) -> Approach2Draws:
     """Repeat the whole of approach 2, dropping of budgets included, on `draws` resamples within budgets."""
     frame = frame.reset_index(drop=True)
     counts = resample_counts(frame, draws, rng)
@@ -148,7 +151,7 @@ def bootstrap_approach2(frame: pd.DataFrame, draws: int, rng: np.random.Generato
     usable, degenerate = np.ones(draws, bool), {}
     for axis in ("n", "d"):
         valleys = [
-            fit_valleys(np.log(rows[axis].to_numpy(float)), rows["loss"].to_numpy(float), counts[:, rows.index])
+            fit_valleys(np.log(rows[axis].to_numpy(float)), rows["loss"].to_numpy(float), counts[:, rows.index], vertex)
             for _, rows in groups
         ]
         valid = np.stack([v.interior for v in valleys], axis=1)

@@ -98,3 +98,87 @@ COUPLED = LawSpec(
     linear=("E",),
     start=_coupled_starts,
 )
+
+
+def _overtraining(p: Values, x: Values) -> Any:
+    log_m, log_c = jnp.log(x["d"]) - jnp.log(x["n"]), jnp.log(6 * x["n"]) + jnp.log(x["d"])
+    rising = jnp.log(p["a"]) + p["eta"] * (log_m - log_c)
+    falling = jnp.log(p["b"]) - p["eta"] * (log_m + log_c)
+    return p["E"] + jnp.exp(rising) + jnp.exp(falling)
+
+
+OVERTRAINING = LawSpec(
+    name="overtraining",
+    formula="L = E + (a M^eta + b M^-eta) C^-eta, M = D / N, C = 6 N D",
+    source="Gadre et al. 2024, arXiv:2403.08540, equation 4 (the Chinchilla law with alpha = beta = 2 eta)",
+    columns=("n", "d"),
+    parameters=(
+        floor(),
+        size("a", "of the loss that over-training costs; A 6^eta of the Chinchilla law"),
+        size("b", "of the loss that under-training costs; B 6^eta"),
+        exponent("eta", "of compute", (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)),
+    ),
+    loss=_overtraining,
+    linear=("E", "a", "b"),
+)
+
+
+def useful(log_unique: Any, repeats: Any, decay: Any) -> Any:
+    """Log of U + U R* (1 - exp(-R / R*)): what U distinct units and R repeats of them are worth (equation 5)."""
+    return log_unique + jnp.log1p(-decay * jnp.expm1(-repeats / decay))
+
+
+def _repeated(p: Values, x: Values) -> Any:
+    log_n, log_d = jnp.log(x["n"]), jnp.log(x["d"])
+    log_u = jnp.minimum(jnp.log(x["unique_tokens"]), log_d)
+    log_g = (jnp.log(p["alpha"] * p["A"]) - jnp.log(p["beta"] * p["B"])) / (p["alpha"] + p["beta"])
+    log_best_n = log_g + p["beta"] / p["alpha"] * (log_g + log_u)  # of the compute at which U is the best D
+    log_un = jnp.minimum(log_n, log_best_n)
+    n = useful(log_un, jnp.expm1(log_n - log_un), p["R_N"])
+    d = useful(log_u, jnp.expm1(log_d - log_u), p["R_D"])
+    return p["E"] + jnp.exp(jnp.log(p["A"]) - p["alpha"] * n) + jnp.exp(jnp.log(p["B"]) - p["beta"] * d)
+
+
+def _repeated_starts(data: Mapping[str, np.ndarray], target: np.ndarray) -> list[dict[str, float]]:
+    """Good Chinchilla fits of all runs and of those with little repetition, with a few decays each."""
+    fresh = data["d"] <= 2 * data["unique_tokens"]
+    masks = [np.ones_like(fresh)] + ([fresh] if fresh.sum() > 5 else [])
+    points = []
+    for mask in masks:
+        for start in CHINCHILLA.starts({k: data[k][mask] for k in ("n", "d")}, target[mask], 10):
+            for r_d in (5.0, 15.0, 60.0):
+                for r_n in (2.0, 5.0, 20.0):
+                    points.append(dict(zip(CHINCHILLA.names, start, strict=True)) | {"R_D": r_d, "R_N": r_n})
+    return points
+
+
+REPEATED = LawSpec(
+    name="repeated",
+    formula="L = E + A / N'^alpha + B / D'^beta, D' = U + U R_D (1 - exp(-(D/U - 1) / R_D)), N' alike with the best N "
+    "for U tokens as its U and with R_N",
+    source="Muennighoff et al. 2023, arXiv:2305.16264, equations 5 and 6 (values: its appendix A, equations 16 to 20)",
+    columns=("n", "d", "unique_tokens"),
+    parameters=(
+        floor(),
+        size("A", "of the term in N"),
+        size("B", "of the term in D"),
+        exponent("alpha", "of N"),
+        exponent("beta", "of D"),
+        Parameter("R_D", 0.1, 1e4, log=True, starts=(15.0,), about="repeats by which a token has lost 1/e of its use"),
+        Parameter("R_N", 0.1, 1e4, log=True, starts=(5.0,), about="the same for parameters beyond the best N for U"),
+    ),
+    loss=_repeated,
+    linear=("E",),
+    published={
+        "Muennighoff et al. 2023, C4": {
+            "E": float(np.exp(0.6254804)),
+            "A": float(np.exp(6.255414)),
+            "B": float(np.exp(7.3049974)),
+            "alpha": 0.3526596,
+            "beta": 0.3526596,
+            "R_D": 15.387756,
+            "R_N": 5.309743,
+        }
+    },
+    start=_repeated_starts,
+)

@@ -94,7 +94,7 @@ class Cost:
 class Allocation:
     """Where a compute budget is best spent: `n` parameters, `d` tokens, the loss there (nats per token)."""
 
-    flops: float
+    flops: Number
     n: Number
     d: Number
     loss: Number

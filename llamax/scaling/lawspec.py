@@ -37,8 +37,12 @@ COLUMNS = {
     "batch": "batch, tokens",
     "s1": "sum of the learning rates of all steps so far",
     "s2": "annealing area: sum of the decayed drops of the learning rate so far",
+    "lr_drop": "[runs, changes] how far the learning rate fell at each change so far",
+    "lr_then": "[runs, changes] learning rate after each change",
+    "lr_since": "[runs, changes] sum of the learning rates since each change",
     "error": "error rate on downstream tasks, 0 to 1",
 }
+MAY_BE_ZERO = ("s1", "s2", "lr_drop", "lr_since")
 MOST_STARTS = 400  # grids of starts are thinned to this many before anything is solved
 
 
@@ -107,8 +111,8 @@ class LawSpec:
     def read(self, frame: pd.DataFrame | Values, *, target: bool = True) -> dict[str, np.ndarray]:
         """The columns the law reads (and its target) as float arrays.
 
-        Raises UserError naming columns that are missing, or the first value that is not a finite number; columns other
-        than s1 and s2 must be positive.
+        Raises UserError naming columns that are missing, or the first value that is not a finite number; columns that
+        MAY_BE_ZERO does not name must be positive.
         """
         wanted = (*self.columns, self.target) if target else self.columns
         if missing := [name for name in wanted if name not in frame]:
@@ -117,7 +121,7 @@ class LawSpec:
         data = {name: np.asarray(frame[name], float) for name in wanted}
         for name, values in data.items():
             none = np.isposinf(values) & name.startswith("bits")  # infinitely many bits: never rounded
-            bad = ~(np.isfinite(values) | none) | ((values <= 0) & (name in COLUMNS) & (name not in ("s1", "s2")))
+            bad = ~(np.isfinite(values) | none) | ((values <= 0) & (name in COLUMNS and name not in MAY_BE_ZERO))
             if bad.any():
                 row = int(np.argmax(bad))
                 raise UserError(

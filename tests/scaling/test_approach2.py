@@ -3,19 +3,15 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.interpolate import Akima1DInterpolator
 
 from llamax.errors import UserError
-from llamax.scaling import ChinchillaLaw, fit_approach2, optimal_allocation
-from llamax.scaling.approach2 import fit_power_law, fit_valleys
+from llamax.scaling import bootstrap_approach2, fit_approach2, optimal_allocation
+from llamax.scaling.approach2 import fit_power_law
+from llamax.scaling.valleys import fit_valleys
 
-from .published import expected
+from .published import expected, folder
 from .synthetic import TINY, isoflop
-
-SURFACES = {  # arXiv:2603.22339: the exponents of the three surfaces of its bias table
-    "symmetric": ChinchillaLaw(E=1.69, A=406.4, B=410.7, alpha=0.31, beta=0.31),
-    "chinchilla": ChinchillaLaw(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28),
-    "asymmetric": ChinchillaLaw(E=1.69, A=406.4, B=410.7, alpha=0.465, beta=0.155),
-}
 
 
 def test_parabola_is_numpys():
@@ -51,21 +47,68 @@ def test_power_law_is_numpys_over_the_valid_budgets():
     assert np.isnan(line.exponent[1])
 
 
-@pytest.mark.parametrize("surface", SURFACES)
-@pytest.mark.parametrize("width", [2, 4, 8, 16])
-def test_noise_free_bias_is_the_published_one(surface, width):
-    check = expected("a2_bias_synthetic")
-    law, rows = SURFACES[surface], []
-    for budget in np.geomspace(1e17, 1e21, 5):
-        best = float(optimal_allocation(law, budget).d)
-        for d in np.geomspace(best / width, best * width, 15):
-            n = budget / (6 * d)
-            rows.append((budget, n, d, budget, float(law.loss(n, d))))
-    fit = fit_approach2(pd.DataFrame(rows, columns=["budget", "n", "d", "flops", "loss"]))
-    reference = check["reference"][surface][str(width)]
-    error = 100 * (float(fit.d.at(1e24)) / float(optimal_allocation(law, 1e24).d) - 1)
-    assert fit.d.exponent == pytest.approx(reference["D_exp"], abs=check["tol_abs"])
-    assert error == pytest.approx(reference["rel_err_D_at_1e24_pct"], abs=check["tol_abs"])
+def porian(config: str) -> pd.DataFrame:
+    """Runs of one of Porian et al.'s configurations, sorted by size in each budget."""
+    frame = pd.read_csv(folder() / "porian2024" / "porian_isoflops.csv")
+    rows = frame[frame["config"] == config].sort_values(["flops", "params"])
+    return rows.rename(columns={"params": "n", "tokens": "d"}).assign(budget=rows["flops"])
+
+
+@pytest.mark.parametrize("index", range(15))
+def test_porians_fifteen_exponents(index: int) -> None:
+    check = expected("porian_a2_akima")
+    config = check["configs"][index]
+    fit = fit_approach2(porian(config["config"]), vertex="akima")
+    assert fit.n.exponent == pytest.approx(config["reference_akima_a"], abs=check["tol_abs"]["vs_reference"])
+    assert fit.n.exponent == pytest.approx(config["published_a"], abs=check["tol_abs"]["vs_published"])
+    kept = [b for b in fit.budgets if b.n.interior]
+    assert len(kept) == config["reference_n_budgets"]
+    rho = [b.flops / (6 * b.n.vertex**2) for b in kept]
+    assert [min(rho), max(rho)] == pytest.approx(config["rho_star_range"], rel=0.1)  # printed: medians of draws
+
+
+def test_a_spline_goes_through_its_points_and_needs_four() -> None:
+    x = np.log(np.geomspace(1e6, 1e8, 9))
+    loss = 3 + 0.1 * (x - 16.3) ** 2 + 0.01 * (x - 16.3) ** 3
+    found = fit_valleys(x, loss, np.ones((1, 9)), "akima")
+    grid = np.linspace(x[0], x[-1], 100_001)
+    spline = np.exp(Akima1DInterpolator(x, np.log(loss))(grid))
+    assert found.vertex[0] == pytest.approx(grid[np.argmin(spline)], abs=float(np.ptp(x)) / (8 * 25))
+    assert found.height[0] == pytest.approx(spline.min(), rel=1e-5)
+    assert found.interior[0]
+    assert found.curvature[0] == pytest.approx(0.2, rel=0.2)
+    # Draws with weights: repeats of a size are averaged, sizes without weight are gone.
+    doubled = fit_valleys(np.append(x, x[3]), np.append(loss, loss[3] * 1.1), np.array([[1.0] * 9 + [0.0]]), "akima")
+    assert doubled.vertex[0] == pytest.approx(found.vertex[0])
+    few = fit_valleys(x, loss, np.array([[1, 1, 1, 0, 0, 0, 0, 0, 0], [1, 0, 1, 0, 1, 0, 1, 0, 1]], float), "akima")
+    assert list(few.sound) == [False, True]
+    assert np.isnan(few.vertex[0])
+    assert not fit_valleys(x, 20 - x, np.ones((1, 9)), "akima").interior[0]
+
+
+def test_splines_in_a_fit() -> None:
+    fit = fit_approach2(isoflop(sizes=9, span=4.0), vertex="akima")
+    assert fit.vertex == fit.as_dict()["vertex"] == "akima"
+    assert fit.n.exponent == pytest.approx(TINY.beta / (TINY.alpha + TINY.beta), abs=0.01)
+    three = fit_approach2(isoflop(sizes=3), vertex="akima")
+    assert any("3 distinct sizes in N; a spline needs 4" in w for w in three.warnings)
+    off = fit_approach2(isoflop(sizes=9, span=2.0, shift=8.0), vertex="akima")
+    assert any("at or beyond the grid's lower edge" in w for w in off.warnings)
+    with pytest.raises(UserError, match="vertex: 'cubic'"):
+        fit_approach2(isoflop(), vertex="cubic")
+    draws = bootstrap_approach2(isoflop(sizes=9, noise=0.003), 50, np.random.default_rng(0), "akima")
+    low, high = draws.intervals()["n_exponent"]
+    assert low < fit.n.exponent < high
+
+
+def test_grids_off_centre_are_named() -> None:
+    centred = fit_approach2(isoflop(sizes=9, span=3.0))
+    assert not any("centre" in w for w in centred.warnings)
+    small = fit_approach2(isoflop(sizes=9, span=4.0, shift=1 / 2))
+    assert any("in N are off-centre: too many small sizes" in w for w in small.warnings)
+    assert any("in D are off-centre: too many large sizes" in w for w in small.warnings)
+    drift = [isoflop(budgets=(b,), sizes=9, span=4.0, shift=s) for b, s in ((1e11, 0.5), (1e12, 1.0), (1e13, 2.0))]
+    assert any("the grids in N are centred differently" in w for w in fit_approach2(pd.concat(drift)).warnings)
 
 
 def test_recovers_the_exponents_and_counts_the_valleys():
