@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -44,6 +45,17 @@ COLUMNS = {
 }
 MAY_BE_ZERO = ("s1", "s2", "lr_drop", "lr_since")
 MOST_STARTS = 400  # grids of starts are thinned to this many before anything is solved
+
+
+@lru_cache(maxsize=64)
+def _many(loss: Callable[[Values, Values], Any], names: tuple[str, ...]) -> Callable[[Any, Values], Any]:
+    """The law at many parameter vectors, compiled once for each shape."""
+    import jax
+
+    def one(point: Any, data: Values) -> Any:
+        return loss({name: point[i] for i, name in enumerate(names)}, data)
+
+    return jax.jit(jax.vmap(one, in_axes=(0, None)))
 
 
 @dataclass(frozen=True)
@@ -137,11 +149,9 @@ class LawSpec:
         """The target at many parameter vectors, in the order of `names`: `[points, runs]`, in float64."""
         import jax
 
-        def one(point: Any) -> Any:
-            return self.loss({name: point[i] for i, name in enumerate(self.names)}, data)
-
         with jax.enable_x64(True):
-            return np.asarray(jax.jit(jax.vmap(one))(np.asarray(points, np.float64)))
+            columns = {name: np.asarray(data[name], np.float64) for name in self.columns}
+            return np.asarray(_many(self.loss, self.names)(np.asarray(points, np.float64), columns))
 
     def starts(self, data: Mapping[str, np.ndarray], target: np.ndarray, count: int = 16) -> np.ndarray:
         """The `count` best starting points `[count, parameters]`, by the sum of absolute log misfits; deterministic.

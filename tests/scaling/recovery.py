@@ -23,16 +23,19 @@ def recover(spec: LawSpec, data: Mapping[str, np.ndarray], target: np.ndarray, s
         found = []
         for start in spec.starts(data, target, starts):
             u = np.clip(np.where(log, np.log(np.where(log, start, 1.0)), start), lower + 1e-9, upper - 1e-9)
+            if np.abs(value(u)).max() < 1e-12:  # all parameters linear: the start is the answer
+                found.append((0.0, u))
+                break
             fit = least_squares(
                 lambda u: np.nan_to_num(np.asarray(value(u)), nan=1e3, posinf=1e3, neginf=-1e3),
                 u,
                 lambda u: np.nan_to_num(np.asarray(slope(u))),
                 bounds=(lower, upper),
                 x_scale="jac",
-                xtol=1e-15,
-                ftol=1e-15,
-                gtol=1e-15,
-                max_nfev=3000,
+                xtol=1e-14,
+                ftol=1e-14,
+                gtol=1e-14,
+                max_nfev=400,
             )
             found.append((fit.cost, fit.x))
             if fit.cost < 1e-18:

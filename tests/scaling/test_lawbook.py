@@ -76,7 +76,7 @@ def columns(name: str) -> dict[str, np.ndarray]:
         from .test_traces import SCHEDULES
 
         make = annealing_columns if name == "annealing" else power_columns
-        parts = [make(lr, np.arange(40, len(lr), 7), warmup=20) for lr in SCHEDULES]
+        parts = [make(lr, np.arange(40, len(lr), 17), warmup=20) for lr in SCHEDULES]
         width = max(p["lr_drop"].shape[1] for p in parts) if name == "multipower" else 0
         fill = {"lr_drop": 0.0, "lr_then": 1.0, "lr_since": 0.0}
         return {
@@ -125,7 +125,9 @@ def test_the_linear_parameters_are_linear(name: str) -> None:
 def test_overtraining_is_the_chinchilla_law_with_one_exponent() -> None:
     # Section 2.1 of Gadre et al.: eta = alpha / 2, a = A (1/6)^-eta, b = B (1/6)^-eta.
     alpha, (n, d) = 0.29, PAIRS
-    tied = law("chinchilla").predict({"E": 1.7, "A": 300.0, "B": 700.0, "alpha": alpha, "beta": alpha}, columns("x"))
+    tied = law("chinchilla").predict(
+        {"E": 1.7, "A": 300.0, "B": 700.0, "alpha": alpha, "beta": alpha}, columns("chinchilla")
+    )
     params = {"E": 1.7, "a": 300 * 6 ** (alpha / 2), "b": 700 * 6 ** (alpha / 2), "eta": alpha / 2}
     assert law("overtraining").predict(params, {"n": n, "d": d}) == pytest.approx(tied, rel=1e-12)
     by_hand = 1.7 + (params["a"] * (d / n) ** 0.145 + params["b"] * (d / n) ** -0.145) * (6 * n * d) ** -0.145
