@@ -6,12 +6,16 @@ curves).
 
 `law` and `LAWS` are the registry of laws; `served_allocation`, `limited_allocation` and `allocate` say what to train
 when training is not all; `approach2_bias` what an isoFLOP design gets wrong without any noise.
+
+`law` and `LAWS` are the registry of laws; `served_allocation`, `limited_allocation` and `allocate` say what to train
+when training is not all; `approach2_bias` what an isoFLOP design gets wrong without any noise.
 """
 
 from llamax.scaling.allocation import (
     LimitedAllocation,
     ServedAllocation,
     allocate,
+    beyond_training,
     limited_allocation,
     served_allocation,
 )
@@ -76,6 +80,7 @@ __all__ = [
     "allocate",
     "annealing_columns",
     "approach2_bias",
+    "beyond_training",
     "bootstrap_approach2",
     "bootstrap_parametric",
     "collapse_curves",

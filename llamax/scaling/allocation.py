@@ -248,6 +248,11 @@ def limited_allocation(
 
     if not (np.isfinite(unique_tokens) and unique_tokens > 0):
         raise UserError(f"unique_tokens: {unique_tokens}; give the number of distinct tokens there are")
+    if "gamma" in params:
+        raise UserError(
+            "unique_tokens: the repeated-data law adds its terms as the Chinchilla law does; fit that one (--law "
+            "chinchilla) or `repeated`, not the coupled law"
+        )
     measured = next(iter(REPEATED.published.values()))
     borrowed = {name: measured[name] for name in ("R_D", "R_N") if name not in params}
     params = {**borrowed, **params}
@@ -270,3 +275,24 @@ def limited_allocation(
 
 def _text(value: Any) -> str:
     return f"{float(np.median(value)):.4f}"
+
+
+def beyond_training(
+    law: Law,
+    flops: Scalar,
+    *,
+    cost: Cost = Cost(),
+    inference_tokens: Scalar | None = None,
+    unique_tokens: Scalar | None = None,
+) -> dict[str, Any]:
+    """What `llamax fit --at` adds for a model that is served or whose data are limited: `served`, `limited`.
+
+    served: the cheapest model of the quality that `flops` of training buys at best. limited: the best N and epochs of
+    `flops`. Each as a plain dict, present where its number is given. Raises UserError as the functions it calls.
+    """
+    record: dict[str, Any] = {}
+    if inference_tokens is not None:
+        record["served"] = served_allocation(law, inference_tokens, flops=flops, cost=cost).as_dict()
+    if unique_tokens is not None:
+        record["limited"] = limited_allocation(law.as_dict(), flops, unique_tokens, cost=cost).as_dict()
+    return record

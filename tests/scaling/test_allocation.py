@@ -10,6 +10,7 @@ from llamax.scaling import (
     ChinchillaLaw,
     Cost,
     allocate,
+    beyond_training,
     limited_allocation,
     optimal_allocation,
     served_allocation,
@@ -163,6 +164,15 @@ def test_enough_data_is_the_training_optimum_and_borrowed_decays_are_said() -> N
     both = limited_allocation(draws, 1e21, 1e9)
     assert both.n[0] == pytest.approx(limited_allocation(CHINCHILLA.as_dict(), 1e21, 1e9).n, rel=1e-9)
     assert isinstance(both.as_dict()["epochs"], list)
+
+
+def test_both_at_once_for_the_command_line() -> None:
+    both = beyond_training(CHINCHILLA, 1e21, inference_tokens=1e12, unique_tokens=1e10)
+    assert both["served"] == served_allocation(CHINCHILLA, 1e12, flops=1e21).as_dict()
+    assert both["limited"]["epochs"] > 1
+    assert beyond_training(CHINCHILLA, 1e21) == {}
+    with pytest.raises(UserError, match="not the coupled law"):
+        beyond_training(BENT, 1e21, unique_tokens=1e10)
 
 
 def test_bad_input() -> None:
