@@ -16,11 +16,10 @@ LEDGER_COLUMNS = {"n": "n", "d": "tokens", "loss": "eval_loss", "flops": "flops_
 def usable_runs(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """The finished runs of a ledger that a law may be fitted to, and in words which were left out."""
     words = []
-    good = frame["status"] == "done"
+    good = (frame["status"] == "done") & (frame["stage"] != "trunk")
     if (~good).any():
-        left = ", ".join(
-            f"{name} ({status})" for name, status in zip(frame["run"][~good], frame["status"][~good], strict=True)
-        )
+        why = frame["status"].where(frame["status"] != "done", "a trunk: its learning rate has not decayed")
+        left = ", ".join(f"{name} ({reason})" for name, reason in zip(frame["run"][~good], why[~good], strict=True))
         words.append(f"left out of the fit: {left}")
     return frame[good], words
 

@@ -16,6 +16,7 @@ class Horizon:
 
     `tokens` = steps x batch_size x seq_len, what is really trained on; `n` the model size N (active_matmul);
     `tokens_per_param` = tokens / n; `flops` training FLOPs of the whole run by convention; `rule` how steps came about.
+    A branch's are those of the whole horizon, its trunk's part included; `trained_tokens` leaves that part out.
     """
 
     steps: int
@@ -24,13 +25,14 @@ class Horizon:
     tokens_per_param: float
     flops: dict[str, float]
     rule: str
+    trained_tokens: int
 
 
 def horizon(config: RunConfig) -> Horizon:
     """Resolves the horizon of `config.train` to whole steps (rounded to the nearest).
 
     Raises:
-        UserError: the horizon is less than one step.
+        UserError: the horizon is less than one step, or ends before its warmup or the start of the branch.
     """
     train, n = config.train, count_params(config.model).active_matmul
     per_step = train.batch_size * train.seq_len
@@ -48,12 +50,31 @@ def horizon(config: RunConfig) -> Horizon:
             f"(train.batch_size={train.batch_size} x train.seq_len={train.seq_len}); "
             f"raise it or lower the batch ({rule})"
         )
+    _check_phases(config, steps)
     tokens = steps * per_step
+    before = 0 if config.branch is None else config.branch.step * per_step
     flops = {
         convention: value * tokens
         for convention, value in training_flops_per_token(config.model, train.seq_len).items()
     }
-    return Horizon(steps, tokens, n, tokens / n, flops, rule)
+    return Horizon(steps, tokens, n, tokens / n, flops, rule, tokens - before)
+
+
+def _check_phases(config: RunConfig, steps: int) -> None:
+    schedule, branch = config.schedule, config.branch
+    warmup = schedule.warmup_steps
+    if warmup is not None and warmup > steps:
+        raise UserError(f"schedule.warmup_steps={warmup} is longer than the {steps:,} steps of the horizon; change one")
+    if warmup is not None and schedule.kind == "wsd" and warmup + round(schedule.decay * steps) > steps:
+        raise UserError(
+            f"schedule.warmup_steps={warmup} and schedule.decay={schedule.decay:g} of {steps:,} steps "
+            f"({round(schedule.decay * steps):,}) are longer than the horizon; lower one or raise the horizon"
+        )
+    if branch is not None and branch.step >= steps:
+        raise UserError(
+            f"branch.step={branch.step:,} is not before the end of the horizon, {steps:,} steps; "
+            "branch earlier or raise the horizon"
+        )
 
 
 def _tokens(name: str, given: float, n: int) -> tuple[float, str]:

@@ -1,4 +1,4 @@
-"""Everything that identifies a training run: eight frozen sections."""
+"""Everything that identifies a training run: eight frozen sections, and a ninth of a branch."""
 
 from __future__ import annotations
 
@@ -194,21 +194,28 @@ Optimizer = Annotated[AdamW | Muon | Lion | Adafactor | Sgd, Field(discriminator
 class Schedule(Frozen):
     """Learning rate over the horizon: linear warmup for `warmup` of the steps, then `kind` down to `final` of the peak.
 
-    `wsd` holds the peak and decays linearly over the last `decay` of the steps (arXiv:2404.06395).
+    `wsd` holds the peak and decays linearly over the last `decay` of the steps (arXiv:2404.06395). `warmup_steps`,
+    where given, is the warmup in steps, the same at every horizon, and `warmup` is not read.
     """
 
     kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     warmup: Fraction = 0.05
+    warmup_steps: NonNegativeInt | None = None
     final: Fraction = 0.1
     decay: Fraction = 0.2
 
     @model_validator(mode="after")
     def _phases(self) -> Schedule:
-        if self.kind == "wsd" and self.warmup + self.decay > 1.0:
+        if self.kind == "wsd" and self.warmup_steps is None and self.warmup + self.decay > 1.0:
             raise ValueError(
                 f"warmup={self.warmup:g} and decay={self.decay:g} of a wsd schedule add up to more than 1; lower one"
             )
         return self
+
+    def phases(self, total_steps: int) -> tuple[int, int]:
+        """(warmup, decay) of a run of `total_steps` in whole steps; the decay is what `wsd` would take."""
+        warmup = round(self.warmup * total_steps) if self.warmup_steps is None else self.warmup_steps
+        return warmup, min(round(self.decay * total_steps), total_steps - max(warmup, 1))
 
 
 # ---------------------------------------------------------------- mesh, train, checkpoint, log
@@ -303,10 +310,21 @@ HORIZONS = ("steps", "tokens", "tokens_per_param", "flops")
 
 
 class CheckpointConfig(Frozen):
-    """Permanent checkpoints every `every_steps` (null: only at the end), temporary ones every `every_seconds`."""
+    """Permanent checkpoints every `every_steps` (null: only at the end), temporary ones every `every_seconds`.
+
+    `branch_steps` are steps after which other runs branch off: permanent checkpoints that make this run a trunk.
+    """
 
     every_steps: PositiveInt | None = None
     every_seconds: PositiveFloat | None = 300.0
+    branch_steps: tuple[PositiveInt, ...] = ()
+
+    def following(self, step: int) -> int | None:
+        """The first step after `step` that asks for a permanent checkpoint; None if there is none."""
+        steps = [branch for branch in self.branch_steps if branch > step]
+        if self.every_steps is not None:
+            steps.append((step // self.every_steps + 1) * self.every_steps)
+        return min(steps, default=None)
 
 
 class LogConfig(Frozen):
@@ -320,9 +338,20 @@ class LogConfig(Frozen):
     gradient_noise: bool = False
 
 
+class Branch(Frozen):
+    """Where a run starts in place of step 0: at the state that another run, its trunk, had after `step` steps.
+
+    `trunk` is the name of the run directory beside this run's own, `NAME-HASH8`: the hash makes the trunk's numbers
+    part of this run's identity. Steps, tokens and the schedule count from the trunk's step 0.
+    """
+
+    trunk: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._+-]*-[0-9a-f]{8}$")]
+    step: PositiveInt
+
+
 class RunConfig(Frozen):
-    """One training run. Its identity is the sections that set its numbers; mesh, checkpoint and log may change on
-    resume."""
+    """One training run. Its identity is the sections that set its numbers (`branch` where it is one); mesh, checkpoint
+    and log may change on resume."""
 
     model: ModelConfig
     data: DataConfig = DataConfig()
@@ -332,6 +361,7 @@ class RunConfig(Frozen):
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    branch: Branch | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> RunConfig:
@@ -360,9 +390,13 @@ class RunConfig(Frozen):
         import json
 
         identity = {name: section for name, section in self.as_dict().items() if name in IDENTITY}
-        if identity["model"]["parametrization"] == {"kind": "standard"}:  # as before there was the field
+        if identity["model"]["parametrization"] == {"kind": "standard"}:  # as before there was the field, and so below
             del identity["model"]["parametrization"]
+        if identity["schedule"]["warmup_steps"] is None:
+            del identity["schedule"]["warmup_steps"]
+        if identity["branch"] is None:
+            del identity["branch"]
         return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:8]
 
 
-IDENTITY = ("model", "data", "optimizer", "schedule", "train")
+IDENTITY = ("model", "data", "optimizer", "schedule", "train", "branch")

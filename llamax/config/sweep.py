@@ -13,7 +13,7 @@ from llamax.config.files import find, read_yaml
 from llamax.config.load import validate
 from llamax.config.lr_rules import Marin, Nanochat, SqrtBatch, StepLaw, StepLawBatch
 from llamax.config.merge import apply_override, parse_override
-from llamax.config.run import RunConfig
+from llamax.config.run import HORIZONS, RunConfig
 
 Values = Annotated[tuple[Any, ...], Field(min_length=1)]
 Sizes = Annotated[tuple[str, ...], Field(min_length=1)]
@@ -89,7 +89,45 @@ class Seeds(Frozen):
         return self
 
 
-Axis = Annotated[Product | Zip | Isoflop | Ladder | Seeds, Field(discriminator="kind")]
+class Horizons(Frozen):
+    """One trunk, many horizons: every choice of the other axes trains once at the peak learning rate, and a branch
+    decays from it to each horizon (arXiv:2404.06395, arXiv:2405.18392).
+
+    Horizons are exactly one of `steps`, `tokens`, `tokens_per_param` and `flops` (as 6 N D), increasing; `decay` is the
+    fraction of its horizon over which a branch decays. Sizes are a product axis over `model`. All share one warmup: the
+    base's `schedule.warmup_steps`, or its `schedule.warmup` of the shortest horizon.
+    """
+
+    kind: Literal["horizons"]
+    steps: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
+    tokens: Amounts | None = None
+    tokens_per_param: Amounts | None = None
+    flops: Amounts | None = None
+    decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+
+    @model_validator(mode="after")
+    def _one_increasing(self) -> Horizons:
+        given = [name for name in HORIZONS if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ValueError(f"horizons takes exactly one of {', '.join(HORIZONS)}; found {found}; keep one")
+        if list(self.values) != sorted(set(self.values)):
+            shown = ", ".join(f"{value:g}" for value in self.values)
+            raise ValueError(f"{self.field} of horizons = [{shown}] do not increase; list each once, shortest first")
+        return self
+
+    @property
+    def field(self) -> str:
+        """The field of the train section that the horizons set."""
+        return next(name for name in HORIZONS if getattr(self, name) is not None)
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The horizons, shortest first."""
+        return getattr(self, self.field)
+
+
+Axis = Annotated[Product | Zip | Isoflop | Ladder | Seeds | Horizons, Field(discriminator="kind")]
 
 
 # ---------------------------------------------------------------- rules
@@ -167,6 +205,21 @@ class SweepConfig(Frozen):
     axes: tuple[Axis, ...] = ()
     rules: Rules = Rules()
     optimum_tokens_per_param: PositiveFloat = 20.0
+
+    @model_validator(mode="after")
+    def _one_source_of_horizons(self) -> SweepConfig:
+        kinds = [axis.kind for axis in self.axes if axis.kind in ("isoflop", "ladder", "horizons")]
+        if "horizons" in kinds and len(kinds) > 1:
+            raise ValueError(
+                f"axes of kind {' and '.join(kinds)} all set the horizon; keep the horizons axis alone and "
+                "give sizes as {kind: product, fields: {model: [...]}}"
+            )
+        return self
+
+    @property
+    def horizons(self) -> Horizons | None:
+        """The axis that makes trunks and branches, if there is one."""
+        return next((axis for axis in self.axes if isinstance(axis, Horizons)), None)
 
 
 def load_sweep(name: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llamax.report import plots, plots_fit
 from llamax.report.blocks import Block, Bullets, Figures, Grid, Section, Tile, Tiles, Words
+from llamax.report.branching import saving
 from llamax.report.findings import answer, question, remarks, verdict, warnings, within
 from llamax.report.read import flatten, number
 from llamax.report.words import FORMULAS, LAWS, MISSING, SHORT_LAWS, count, decimals, duration, interval, plural, power
@@ -253,6 +254,8 @@ def _runs(study: Study) -> Section:
         "N: parameters in matrix products. D: tokens. Losses in nats per token; the held-out loss is measured at "
         "the end of a run. Fit residual: held-out loss over the law's, in percent."
     )
+    if study.runs["stage"].eq("branch").any():
+        note += f" Branches of shared trunks: {saving(study.runs)}."
     return Section(
         "runs",
         title,

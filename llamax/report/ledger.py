@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamax.errors import UserError
+from llamax.report.branching import BRANCHING, TRAINED, branching, saving
 from llamax.report.read import cells_by_directory, find_runs, flatten, number, read_lines, read_object
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ def ledger(path: str | Path) -> pd.DataFrame:
     Columns: `run` (path relative to `path`), `study`, `name`, `hash`, `status` ("done", "diverged", "failed",
     "running", "unfinished"), `cause`; the study's tags (`budget`, `size`, `seed`, ...; `tag.<x>` where the name is
     taken); the numbers of result.json (losses in nats per token, `n` the parameters that plans and fits use);
+    `stage` ("trunk", "branch", or "whole" for a run of its own), `trunk` (the hash of the trunk, also of a trunk),
+    `branch_step`, and `trained_tokens` and `trained_flops_*`, the cost of a run's own steps, where steps, tokens and
+    `flops_*` of a branch are of its whole horizon, as if it had been trained from scratch (see report/branching.py);
     `last_loss`, the last logged training loss; config fields by dotted name, the usual ones and every one in which the
     runs differ; `fingerprint`; `warnings` (text, None when all was readable). An unfinished run has no train_loss or
     eval_loss.
@@ -63,9 +67,9 @@ def ledger(path: str | Path) -> pd.DataFrame:
         given = row.pop("tags")
         row |= {_tag_column(tag, names): given.get(tag) for tag in (*TAGS, *tags)}
     extra = [column for tag in tags if (column := _tag_column(tag, names)) not in TAGS]
-    columns = [*TEXTS, *TAGS, *extra, *SIZES, *LOSSES, *COSTS, *names, "fingerprint", "warnings"]
+    columns = [*TEXTS, *TAGS, *extra, *SIZES, *LOSSES, *COSTS, *BRANCHING, *names, "fingerprint", "warnings"]
     frame = pd.DataFrame(rows, columns=pd.Index(columns))
-    for column in (*SIZES, *LOSSES, *COSTS):
+    for column in (*SIZES, *LOSSES, *COSTS, "branch_step", *TRAINED):
         frame[column] = frame[column].astype(float)
     for column in (*TAGS, *extra, *names):
         frame[column] = _numbers_if_all(frame[column])
@@ -147,6 +151,8 @@ def ledger_table(frame: pd.DataFrame) -> Table:
             *(decimals(row[key], 4) for key in ("train_loss", "eval_loss", "eval_bits_per_byte")),
             decimals(row["seconds"], 0),
         )
+    if frame["stage"].eq("branch").any():
+        table.caption = saving(frame)
     return table
 
 
@@ -171,6 +177,7 @@ def _record(root: Path, run: Path) -> dict[str, Any]:
         row["n"], w4 = _planned_size(cell, config)
     else:
         w4 = None
+    row |= branching(config, row)
     row["fingerprint"] = _text(result.get("fingerprint") or read_object(run / "env.json")[0].get("fingerprint"))
     missing = None if (config or w1) else "config.yaml: missing"
     row["warnings"] = "; ".join(w for w in (w1, w2, w3, w4, missing) if w) or None
@@ -244,7 +251,7 @@ def _differing(flats: list[dict[str, Any]]) -> list[str]:
 
 
 def _tag_column(tag: str, fields: list[str]) -> str:
-    taken = {*TEXTS, *SIZES, *LOSSES, *COSTS, *fields, "fingerprint", "warnings", "config", "tags"}
+    taken = {*TEXTS, *SIZES, *LOSSES, *COSTS, *BRANCHING, *fields, "fingerprint", "warnings", "config", "tags"}
     return f"tag.{tag}" if tag in taken else tag
 
 

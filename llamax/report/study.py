@@ -61,9 +61,11 @@ class Study:
 
     @cached_property
     def cells(self) -> pd.DataFrame:
-        """The finished runs that were there to be fitted: done, with a held-out loss, without the predicted run."""
+        """The finished runs that were there to be fitted: done, with a held-out loss, without trunks, which have not
+        decayed, and without the predicted run."""
         runs = self.runs
         keep = runs["status"].eq("done") & runs["eval_loss"].gt(0) & runs["n"].gt(0) & runs["tokens"].gt(0)
+        keep &= runs["stage"] != "trunk"
         if self.held_out is not None:
             keep &= runs["run"] != self.held_out["run"]
         return runs[keep]

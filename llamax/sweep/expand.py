@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llamax.config.merge import parse_override
-from llamax.config.sweep import Axis, Isoflop, Ladder, Product, Seeds, SweepConfig, Zip
+from llamax.config.sweep import Axis, Horizons, Isoflop, Ladder, Product, Seeds, SweepConfig, Zip
 from llamax.errors import UserError
 
 
@@ -24,14 +24,16 @@ class Point:
 
 
 def expand(spec: SweepConfig) -> list[Point]:
-    """The points of a sweep, first axis slowest, with unique names.
+    """The points of a sweep, first axis slowest, with unique names; a horizons axis, whose runs hang together, is left
+    to trunk.py.
 
     Raises:
         UserError: two axes, or an axis and `overrides` or a rule, set the same field.
     """
     _refuse_conflicts(spec)
-    rows = itertools.product(*(axis_points(axis) for axis in spec.axes))
-    return unique([_joined(row) for row in rows]) if spec.axes else [Point(spec.name, (), {})]
+    axes = [axis for axis in spec.axes if not isinstance(axis, Horizons)]
+    rows = itertools.product(*(axis_points(axis) for axis in axes))
+    return unique([_joined(row) for row in rows]) if axes else [Point(spec.name, (), {})]
 
 
 def axis_points(axis: Axis) -> list[Point]:
@@ -55,6 +57,9 @@ def axis_points(axis: Axis) -> list[Point]:
         case Seeds():
             seeds = axis.values if axis.values is not None else range(axis.count or 0)
             return unique([Point(f"s{seed}", (("train.seed", seed),), {"seed": seed}) for seed in seeds])
+        case Horizons():
+            own = (("schedule.kind", "wsd"), ("schedule.decay", axis.decay), ("checkpoint.branch_steps", ()))
+            return [Point(number(value), ((f"train.{axis.field}", value), *own), {}) for value in axis.values]
 
 
 def unique(points: Sequence[Point]) -> list[Point]:

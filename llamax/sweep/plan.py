@@ -12,11 +12,12 @@ from llamax.accounting import horizon, memory_bytes
 from llamax.config.load import load_run, run_from_data, validate
 from llamax.config.merge import apply_override
 from llamax.config.run import RunConfig
-from llamax.config.sweep import Rules, SweepConfig
+from llamax.config.sweep import Horizons, Rules, SweepConfig
 from llamax.errors import UserError
 from llamax.sweep.expand import Point, expand, safe
 from llamax.sweep.rules import resolve
 from llamax.sweep.throughput import Throughput, guess
+from llamax.sweep.trunk import RULES, Draft, drafts
 from llamax.sweep.warn import warnings_of
 from llamax.train.files import write_atomic
 
@@ -27,7 +28,8 @@ class Cell:
 
     `overrides` on the sweep's base give `config`; `n`, `tokens`, `steps` are accounting's; `flops` training FLOPs by
     convention; `memory_bytes` of a step over the whole mesh; `epochs` passes over the corpus (None: size unknown);
-    `rules` the sentence behind each derived number.
+    `rules` the sentence behind each derived number. A branch names the cell of its `trunk`; its `seconds` and
+    `trained_tokens` are of its own steps, its other numbers of the whole horizon.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Cell:
     epochs: float | None
     rules: Mapping[str, str]
     extra: bool = False
+    trunk: str | None = None
 
     @property
     def hash(self) -> str:
@@ -57,10 +60,21 @@ class Cell:
         """The run directory's name inside the study."""
         return f"{self.name}-{self.hash}"
 
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens of the steps that this run takes itself."""
+        branch = self.config.branch
+        return self.tokens - (0 if branch is None else branch.step * self.batch * self.config.train.seq_len)
+
+    def trained_flops(self, convention: str) -> float:
+        """Training FLOPs of those tokens."""
+        return self.flops[convention] * self.trained_tokens / self.tokens
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data, as plan.json holds it."""
         own = {key: getattr(self, key) for key in self.__dataclass_fields__ if key != "config"}
         own |= {key: dict(own[key]) for key in ("tags", "flops", "rules")} | {"overrides": list(self.overrides)}
+        own["trained_tokens"] = self.trained_tokens
         return {"name": self.name, "hash": self.hash, "run": self.run_name, **own, "config": self.config.as_dict()}
 
 
@@ -76,13 +90,20 @@ class Plan:
 
     @property
     def totals(self) -> dict[str, float]:
-        """Number of cells, FLOPs (6 N D) and worker-seconds of all of them."""
+        """Number of cells; FLOPs (6 N D) as trained, and as if each run but the trunks were trained from scratch;
+        worker-seconds."""
         cells = self.cells
         return {
             "cells": len(cells),
-            "flops_6n": sum(c.flops["6n"] for c in cells),
+            "flops_6n": sum(c.trained_flops("6n") for c in cells),
+            "separate_flops_6n": sum(c.flops["6n"] for c in cells if c.name not in self.trunks),
             "seconds": sum(c.seconds for c in cells),
         }
+
+    @property
+    def trunks(self) -> frozenset[str]:
+        """The cells that branches start from."""
+        return frozenset(c.trunk for c in self.cells if c.trunk is not None)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, as plan.json and --json hold it."""
@@ -115,8 +136,9 @@ def make_plan(
         UserError: an invalid cell (named), or axes and rules that set one field twice.
     """
     speed = throughput or guess()
-    cells = tuple(_cell(spec, point, corpus_tokens, speed) for point in expand(spec))
-    rules, warnings = _shared_rules(speed, corpus_tokens), warnings_of(spec, cells, devices)
+    cells = tuple(cell for point in expand(spec) for cell in _cells(spec, point, corpus_tokens, speed))
+    rules = _shared_rules(speed, corpus_tokens) | (RULES if spec.horizons else {})
+    warnings = warnings_of(spec, cells, devices)
     return Plan(spec, cells, rules, warnings, corpus_tokens)
 
 
@@ -130,14 +152,16 @@ def make_cell(
     throughput: Throughput | None = None,
     rules: Mapping[str, str] | None = None,
     extra: bool = False,
+    trunk: str | None = None,
 ) -> Cell:
     """One costed cell from a complete config; `study.add_cells` takes such cells beyond the sweep's own."""
     if name != safe(name):
         raise UserError(f"cell name {name!r}: a name is letters, digits and ._+-, not starting with . or -")
     speed, train, h = throughput or guess(), config.train, horizon(config)
     rate = speed.flops_per_second(h.n, train.batch_size * train.seq_len)
-    evaluations = 1 + (h.steps // train.eval_every_steps if train.eval_every_steps else 0)
-    spent = 6 * h.n * h.tokens + 2 * h.n * (config.data.eval_tokens or 0) * evaluations
+    first, every = 0 if config.branch is None else config.branch.step, train.eval_every_steps
+    evaluations = 1 + (h.steps // every - first // every if every else 0)
+    spent = 6 * h.n * h.trained_tokens + 2 * h.n * (config.data.eval_tokens or 0) * evaluations
     return Cell(
         name=name,
         config=config,
@@ -155,34 +179,57 @@ def make_cell(
         epochs=None if corpus_tokens is None else h.tokens / corpus_tokens,
         rules={"steps": h.rule, **(rules or {})},
         extra=extra,
+        trunk=trunk,
     )
 
 
-def _cell(spec: SweepConfig, point: Point, corpus_tokens: int | None, speed: Throughput) -> Cell:
-    where = f"sweep {spec.name}, cell {point.label}"
+def _cells(spec: SweepConfig, point: Point, corpus_tokens: int | None, speed: Throughput) -> list[Cell]:
+    """The cells of a point: one, or a trunk and its branches."""
+    try:
+        if spec.horizons is None:
+            texts, said = _resolved(spec, point, point.sets)
+            found = [Draft(point.label, tuple(texts), {}, said, None)]
+        else:
+            found = _branched(spec, spec.horizons, point)
+        return [
+            make_cell(
+                draft.label,
+                _build(spec, draft.texts),
+                tags={**point.tags, **draft.tags},
+                overrides=(*spec.overrides, *draft.texts),
+                corpus_tokens=corpus_tokens,
+                throughput=speed,
+                rules=draft.rules,
+                trunk=draft.trunk,
+            )
+            for draft in found
+        ]
+    except UserError as error:
+        raise UserError(f"sweep {spec.name}, cell {point.label}: {error}") from None
+
+
+def _resolved(spec: SweepConfig, point: Point, fields: Sequence[tuple[str, Any]]) -> tuple[list[str], dict[str, str]]:
+    """`fields`, and what the rules make of them, as overrides on the base; and the rules in words."""
     rules = spec.rules.as_dict()
     for path, value in point.sets:
         if path.startswith("rules."):
             rules = apply_override(rules, path.split(".")[1:], value)
-    texts = [_override(path, value) for path, value in point.sets if not path.startswith("rules.")]
-    try:
-        sets, said = resolve(_build(spec, texts), validate(Rules, rules, "rules"))
-        for path in sets:
-            if any(text.partition("=")[0] == path for text in spec.overrides):
-                rule = "rules.lr" if path == "optimizer.lr" else "rules.batch"
-                raise UserError(f"{path} is set by an override and by {rule}; drop one (rules: {rule}=null)")
-        texts += [_override(path, value) for path, value in sets.items()]
-        return make_cell(
-            point.label,
-            _build(spec, texts),
-            tags=point.tags,
-            overrides=(*spec.overrides, *texts),
-            corpus_tokens=corpus_tokens,
-            throughput=speed,
-            rules=said,
-        )
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+    texts = [_override(path, value) for path, value in fields if not path.startswith("rules.")]
+    sets, said = resolve(_build(spec, texts), validate(Rules, rules, "rules"))
+    for path in sets:
+        if any(text.partition("=")[0] == path for text in spec.overrides):
+            rule = "rules.lr" if path == "optimizer.lr" else "rules.batch"
+            raise UserError(f"{path} is set by an override and by {rule}; drop one (rules: {rule}=null)")
+    return texts + [_override(path, value) for path, value in sets.items()], said
+
+
+def _branched(spec: SweepConfig, axis: Horizons, point: Point) -> list[Draft]:
+    """Rules see the last horizon, since a trunk has one batch and one peak learning rate for all of them."""
+    last = (f"train.{axis.field}", axis.values[-1])
+    texts, said = _resolved(spec, point, (last, *point.sets))
+    found = drafts(axis, point.label, texts[1:], lambda more: _build(spec, more), spec.rules.min_steps)
+    said = {name: f"{rule} (N and D of the longest horizon, as for its trunk)" for name, rule in said.items()}
+    return [draft._replace(rules={**said, **draft.rules}) for draft in found]
 
 
 def _build(spec: SweepConfig, texts: Sequence[str]) -> RunConfig:
@@ -233,6 +280,6 @@ def load_plan(path: Path) -> Plan:
 
 
 def _cell_from(row: Mapping[str, Any], path: Path) -> Cell:
-    own = {key: row[key] for key in Cell.__dataclass_fields__ if key != "config"}
+    own = {key: row[key] for key in Cell.__dataclass_fields__ if key != "config" and key in row}
     config = validate(RunConfig, row["config"], f"{path}: cell {row['name']}")
     return Cell(**own | {"overrides": tuple(row["overrides"]), "config": config})

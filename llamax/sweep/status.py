@@ -14,6 +14,7 @@ from llamax.sweep.attempt import progress_path
 from llamax.sweep.claim import holder, shared_now
 from llamax.sweep.study import failure_path, read_json
 from llamax.sweep.throughput import wall_seconds
+from llamax.train.run_dir import CHECKPOINTS
 
 STATES = ("done", "diverged", "running", "failed", "pending")
 SHOWN = ("step", "tokens", "loss", "tokens_per_second", "seconds_left", "phase")
@@ -22,8 +23,9 @@ SHOWN = ("step", "tokens", "loss", "tokens_per_second", "seconds_left", "phase")
 def status(study: Path, only: Iterable[str] | None = None) -> dict[str, Any]:
     """The state of every cell of a study (or of those in `only`), and an estimate of the time left.
 
-    `cells` holds a row a cell: name, run, state (of `STATES`), tags, step, steps, tokens, loss (held-out once done),
-    tokens_per_second, seconds, seconds_left, estimate_seconds, error (first line), attempts (claims so far).
+    `cells` holds a row a cell: name, run, state (of `STATES`), tags, step, first_step (a branch's), steps, tokens,
+    loss (held-out once done), tokens_per_second, seconds, seconds_left, estimate_seconds, error (first line), attempts
+    (claims so far).
     `counts` by state; `left` cells neither finished nor failed; `seconds_left` for all of them with the workers now
     running.
 
@@ -53,6 +55,7 @@ def _row(study: Path, cell: Mapping[str, Any], now: float) -> dict[str, Any]:
         "tags": cell["tags"],
         "run": cell["run"],
         "step": 0,
+        "first_step": (_branch(cell) or {}).get("step", 0),
     }
     row |= {
         "steps": cell["steps"],
@@ -84,7 +87,19 @@ def _row(study: Path, cell: Mapping[str, Any], now: float) -> dict[str, Any]:
         }
     if lease is not None and lease.held:
         return row | {"state": "running"}
-    return row | {"tokens_per_second": None, "seconds_left": None, "phase": None}
+    return row | {"tokens_per_second": None, "seconds_left": None, "phase": _waits(study, cell)}
+
+
+def _branch(cell: Mapping[str, Any]) -> dict[str, Any] | None:
+    return (cell.get("config") or {}).get("branch")
+
+
+def _waits(study: Path, cell: Mapping[str, Any]) -> str | None:
+    """Of a branch whose trunk has not come to it: what it waits for."""
+    branch = _branch(cell)
+    if branch is None or (study / branch["trunk"] / CHECKPOINTS / str(branch["step"])).is_dir():
+        return None
+    return f"waits for {cell['trunk']} at step {branch['step']:,}"
 
 
 def _seconds_left(rows: list[dict[str, Any]], left: list[dict[str, Any]]) -> float:
@@ -95,7 +110,8 @@ def _seconds_left(rows: list[dict[str, Any]], left: list[dict[str, Any]]) -> flo
     def needs(row: dict[str, Any]) -> float:
         if row["seconds_left"] is not None:
             return row["seconds_left"]
-        return row["estimate_seconds"] * scale * (1 - row["step"] / max(row["steps"], 1))
+        own = row["steps"] - row["first_step"]
+        return row["estimate_seconds"] * scale * (1 - max(row["step"] - row["first_step"], 0) / max(own, 1))
 
     workers = sum(row["state"] == "running" for row in left)
     return wall_seconds([needs(row) for row in left], workers)

@@ -22,10 +22,12 @@ from typing import Any
 import yaml
 
 from llamax.config.load import diff, dump_yaml, validate
+from llamax.config.run import RunConfig
 from llamax.config.sweep import SweepConfig
 from llamax.errors import UserError
 from llamax.sweep.plan import Cell, Plan, load_plan, save_plan
 from llamax.train.files import write_atomic
+from llamax.train.run_dir import CHECKPOINTS
 
 
 def open_study(study: Path, plan: Plan) -> Plan:
@@ -85,24 +87,59 @@ def add_cells(study: Path, cells: Sequence[Cell]) -> Plan:
 
 
 def select(plan: Plan, only: Iterable[str] | None) -> list[Cell]:
-    """The named cells in the order given, or all, longest first.
+    """The named cells in the order given, each trunk before the first of its branches, or all, longest first; what a
+    trunk holds up counts as its own.
 
     Raises:
         UserError: a name that is no cell of the plan.
     """
     cells = {cell.name: cell for cell in plan.cells}
     if only is None:
-        return sorted(cells.values(), key=lambda cell: -cell.seconds)
+        after = dict.fromkeys(cells, 0.0)
+        for cell in cells.values():
+            if cell.trunk is not None:
+                after[cell.trunk] = max(after[cell.trunk], cell.seconds)
+        return sorted(cells.values(), key=lambda cell: -(cell.seconds + after[cell.name]))
     names = list(only)
     if missing := [name for name in names if name not in cells]:
         raise UserError(f"cell {missing[0]!r} is not in the plan; cells: {', '.join(list(cells)[:12])}")
-    return [cells[name] for name in names]
+    ordered = dict.fromkeys(known for name in names for known in (cells[name].trunk, name) if known is not None)
+    return [cells[name] for name in ordered]
 
 
 # ---------------------------------------------------------------- state of a cell
 def is_finished(study: Path, cell: Cell) -> bool:
     """Whether the run's result.json, written last, exists."""
     return (study / cell.run_name / "result.json").exists()
+
+
+def is_settled(study: Path, cell: Cell) -> bool:
+    """Whether a cell is finished or failed, so that nobody is to train it."""
+    return is_finished(study, cell) or failure_path(study, cell.name).exists()
+
+
+def can_begin(study: Path, config: RunConfig) -> bool:
+    """Whether a run's state before its first step is there: of a branch, the trunk's checkpoint, whole by its name."""
+    branch = config.branch
+    return branch is None or (study / branch.trunk / CHECKPOINTS / str(branch.step)).is_dir()
+
+
+def orphaned(study: Path, plan: Plan, cell: Cell) -> str | None:
+    """Why a branch will never begin, or None: its trunk came to its end without the checkpoint."""
+    trunk = next((other for other in plan.cells if other.name == cell.trunk), None)
+    if trunk is None or cell.config.branch is None or not is_settled(study, trunk) or can_begin(study, cell.config):
+        return None
+    failure, step = read_json(failure_path(study, trunk.name)), cell.config.branch.step
+    if failure is not None:
+        first = (str(failure.get("error", "")).splitlines() or [""])[0]
+        return f"its trunk {trunk.name} failed before step {step:,}: {first}; both are tried again with --retry-failed"
+    result = read_json(study / trunk.run_name / "result.json") or {}
+    if result.get("status") == "diverged":
+        return f"its trunk {trunk.name} diverged before step {step:,}: {result.get('cause')}; lower the learning rate"
+    return (
+        f"its trunk {trunk.name} is finished and keeps no checkpoint of step {step:,}; delete {trunk.run_name} and "
+        "retry to train it again"
+    )
 
 
 def failure_path(study: Path, cell: str) -> Path:

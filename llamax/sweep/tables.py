@@ -30,10 +30,14 @@ def plan_tables(plan: Plan, workers: int = 1, groups: Sequence[Group] = ()) -> l
         row = (c.name, si(c.n), si(c.tokens), f"{c.tokens_per_param:.3g}", shape, f"{c.steps:,}", f"{c.lr:.3g}", epochs)
         sizes.add_row(*row, si(c.memory_bytes, "B"), duration(c.seconds))
     conventions = list(plan.cells[0].flops) if plan.cells else []
-    flops = _table("cell", *conventions, title="Training FLOPs by convention")
+    trained = ["trained 6n"] if plan.trunks else []
+    flops = _table("cell", *conventions, *trained, title="Training FLOPs by convention")
     for c in plan.cells:
-        flops.add_row(c.name, *(f"{c.flops[name]:.3e}" for name in conventions))
+        own = [f"{c.trained_flops('6n'):.3e}"] if trained else []
+        flops.add_row(c.name, *(f"{c.flops[name]:.3e}" for name in conventions), *own)
     wall = wall_seconds([c.seconds for c in plan.cells], workers)
+    before = {c.name: c.seconds for c in plan.cells if c.name in plan.trunks}
+    wall = max([wall, *(c.seconds + before[c.trunk] for c in plan.cells if c.trunk is not None)])
     totals = (
         f"{len(plan.cells)} cells, {plan.totals.get('flops_6n', 0.0):.3g} FLOPs (6n), "
         f"about {duration(wall)} with {workers} worker{'s' * (workers != 1)}"
@@ -47,6 +51,8 @@ def plan_tables(plan: Plan, workers: int = 1, groups: Sequence[Group] = ()) -> l
         lines.append(Text(f"  for {plan.cells[0].name}:", style="dim"))
         lines += [Text(f"    {rule}") for rule in plan.cells[0].rules.values()]
     lines.append(Text(totals, style="bold"))
+    if plan.trunks:
+        lines.append(Text(saving(plan.totals["flops_6n"], plan.totals["separate_flops_6n"])))
     return [sizes, flops, *lines, *(Text(f"warning: {w}", style="yellow") for w in plan.warnings)]
 
 
@@ -63,6 +69,14 @@ def _population_lines(groups: Sequence[Group]) -> list[Text]:
     return lines
 
 
+def saving(trained: float, separate: float) -> str:
+    """What trunks save, in a sentence; FLOPs as 6 N D."""
+    return (
+        f"trunks and branches take {trained:.3g} FLOPs (6n) as trained; each horizon from scratch would take "
+        f"{separate:.3g}, so {1 - trained / separate:.0%} is saved"
+    )
+
+
 def status_table(state: Mapping[str, Any], most: int | None = None) -> Table:
     """One row a cell; with `most`, only running, failed and the latest others up to that many rows."""
     counts = ", ".join(f"{n} {name}" for name, n in state["counts"].items() if n)
@@ -77,7 +91,7 @@ def status_table(state: Mapping[str, Any], most: int | None = None) -> Table:
     for row in rows:
         loss = "" if row["loss"] is None else f"{row['loss']:.4f}"
         rate = "" if row["tokens_per_second"] is None else si(row["tokens_per_second"])
-        note = row["error"] or (row["phase"] if row["state"] == "running" else None) or ""
+        note = row["error"] or row["phase"] or ""
         state_text, step = f"[{STYLES[row['state']]}]{row['state']}[/]", f"{row['step'] or 0:,}/{row['steps']:,}"
         times = (duration(row["seconds"]), duration(row["seconds_left"]))
         table.add_row(row["name"], state_text, step, loss, rate, *times, _plain(note))

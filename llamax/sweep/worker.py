@@ -22,9 +22,9 @@ from llamax.errors import UserError
 from llamax.sweep.attempt import OnEvent, ShouldStop, Stopped, Train, train_cells
 from llamax.sweep.claim import LEASE_SECONDS, Lease, claim
 from llamax.sweep.packing import NEVER, Pack, groups, parse_pack
-from llamax.sweep.plan import Cell
+from llamax.sweep.plan import Cell, Plan
 from llamax.sweep.process import cores, die_with, pin
-from llamax.sweep.study import clear_failures, failure_path, is_finished, read_study, select
+from llamax.sweep.study import can_begin, clear_failures, is_settled, orphaned, read_study, record_failure, select
 
 POLL_SECONDS = 0.5
 EVENTS = ("start", "progress", "done", "failed", "lost", "waiting")
@@ -45,7 +45,8 @@ def work(
 ) -> dict[str, list[str]]:
     """Trains cells of a study until every one is finished or failed, here or by other workers.
 
-    Longest first, or in the order of `only`. A cell held elsewhere is waited for, because its worker may die.
+    Longest first, or in the order of `only`. A cell held elsewhere is waited for, because its worker may die. A branch
+    is claimed once its trunk's checkpoint is there, and fails with a trunk that ended without it.
 
     Args:
         train: `train(config, run_dir, report=...)`, which leaves a result.json (None: llamax.train.loop.train).
@@ -72,12 +73,16 @@ def work(
     group = _grouped(study, pack, workers)
     waiting = False
     while True:
-        todo = [c for c in select(read_study(study), names) if not _settled(study, c)]
+        plan = read_study(study)
+        todo = [c for c in select(plan, names) if not is_settled(study, c)]
         if not todo:
             return ended
         if should_stop():
             raise Stopped
-        held = _claim_next(study, todo, lease_seconds, group)
+        held = _claim_next(study, [c for c in todo if can_begin(study, c.config)], lease_seconds, group)
+        if not held and (lost := _give_up(study, plan, todo, emit)):
+            ended["failed"] += lost
+            continue
         if not held:
             if not waiting:
                 emit("waiting", todo[0].name, {"cells": len(todo)})
@@ -105,8 +110,13 @@ def default_train(one_cpu: bool = False) -> Train:
     return partial(train, devices=jax.devices()[:1]) if jax.default_backend() == "cpu" else train
 
 
-def _settled(study: Path, cell: Cell) -> bool:
-    return is_finished(study, cell) or failure_path(study, cell.name).exists()
+def _give_up(study: Path, plan: Plan, todo: Sequence[Cell], emit: OnEvent) -> list[str]:
+    """The branches whose trunk came to its end without their checkpoint, recorded as failed."""
+    lost = [(cell.name, why) for cell in todo if (why := orphaned(study, plan, cell)) is not None]
+    for name, why in lost:
+        record_failure(study, name, UserError(why))
+        emit("failed", name, {"error": why})
+    return [name for name, _ in lost]
 
 
 def _claim_next(study: Path, todo: Sequence[Cell], lease_seconds: float, group: Groups) -> list[tuple[Lease, Cell]]:
@@ -117,7 +127,7 @@ def _claim_next(study: Path, todo: Sequence[Cell], lease_seconds: float, group: 
         held: list[tuple[Lease, Cell]] = []
         for mate in mates:
             lease = claim(study, mate.name, lease_seconds=lease_seconds) if len(held) < size else None
-            if lease is not None and _settled(study, mate):  # it ended between the look and the claim
+            if lease is not None and is_settled(study, mate):  # it ended between the look and the claim
                 lease.release()
             elif lease is not None:
                 held.append((lease, mate))

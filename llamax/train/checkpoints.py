@@ -82,8 +82,8 @@ class Checkpoints:
         return _orbax().AsyncCheckpointer(_orbax().PyTreeCheckpointHandler())
 
     def due(self, step: int) -> Literal["permanent", "temporary"] | None:
-        """Which kind of checkpoint `step` calls for: each `every_steps` steps, else `every_seconds` after the last."""
-        if self._config.every_steps and step % self._config.every_steps == 0:
+        """Which kind of checkpoint `step` calls for: permanent by step, else `every_seconds` after the last."""
+        if self._config.following(step - 1) == step:
             return "permanent"
         if self._config.every_seconds is None:
             return None
@@ -208,14 +208,14 @@ class Checkpoints:
 
 
 def load_state(
-    run_dir: Path, abstract_state: T, *, on_warning: Warn = warnings.warn
+    run_dir: Path, abstract_state: T, step: int | None = None, *, on_warning: Warn = warnings.warn
 ) -> tuple[int, T, dict[str, Any]] | None:
-    """`Checkpoints.restore` for a reader: changes nothing on the disk, the run may be training.
+    """`Checkpoints.restore` of `step`, or the newest, for a reader: changes nothing on the disk, the run may go on.
 
     Raises:
-        UserError: there are checkpoints and none is good, or they hold other arrays than asked for.
+        UserError: there are such checkpoints and none is good, or they hold other arrays than asked for.
     """
-    restored = _restore(Path(run_dir).absolute() / CHECKPOINTS, abstract_state, on_warning)
+    restored = _restore(Path(run_dir).absolute() / CHECKPOINTS, abstract_state, on_warning, step)
     return None if restored is None else (restored[0].step, *restored[1:])
 
 
@@ -238,9 +238,11 @@ def load_params(run_dir: Path, abstract_model: T, step: int | None = None, *, on
     return _read(found[0].path, _as_saved(abstract_model, found[1]), found[1], prefix=".model")
 
 
-def _restore(directory: Path, abstract: T, warn: Warn) -> tuple[Found, T, dict[str, Any]] | None:
-    """(checkpoint, state, meta) of the newest good one."""
-    found = _newest_good(directory, warn)
+def _restore(
+    directory: Path, abstract: T, warn: Warn, step: int | None = None
+) -> tuple[Found, T, dict[str, Any]] | None:
+    """(checkpoint, state, meta) of the newest good one, or of that of `step`."""
+    found = _newest_good(directory, warn, step)
     return None if found is None else (found[0], _read(found[0].path, abstract, found[1]), found[1]["meta"])
 
 

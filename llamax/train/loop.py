@@ -25,6 +25,7 @@ from llamax.data.batches import TrainBatches, eval_batches
 from llamax.errors import Interrupted
 from llamax.mesh.rules import batch_sharding
 from llamax.mesh.start import start
+from llamax.train.branch import check_trunk, first_state
 from llamax.train.checkpoints import Checkpoints
 from llamax.train.evaluate import evaluate
 from llamax.train.population import Answer, Ask, Coroutine, Seat, alone, whole
@@ -35,7 +36,7 @@ from llamax.train.rows import plain
 from llamax.train.run_dir import Run, open_run
 from llamax.train.setup import Common, batches_of, dispatch_shapes, load_dispatch, share
 from llamax.train.signals import StopRequest, stop_signals
-from llamax.train.state import TrainState, hyper_of, seed_of
+from llamax.train.state import TrainState
 from llamax.train.step import Batch, Dispatch, execution_of, make_dispatch
 
 SECONDS_PER_DISPATCH = 1.0  # a dispatch is cut to about this, so that a signal is answered and progress is seen
@@ -91,6 +92,7 @@ def run_steps(
 
     `begin` is called before anything slow once there are steps to run, as far as checkpoints' names tell.
     """
+    check_trunk(config, run_dir)
     batches = batches_of(config, common.store)
     with open_run(run_dir, config, common.store.fingerprint, chosen._asdict()) as run:
         if run.result is not None:
@@ -164,9 +166,9 @@ class _Session:
         """(state, steps tried, cause of divergence) to continue from."""
         found = checkpoints.restore(self.common.abstract)
         if found is None:
-            self.run_dir.rewind(0)
-            hyper = hyper_of(self.config, self.horizon.steps)
-            return self.common.initialize(hyper, seed_of(self.config)), 0, None
+            step, state = first_state(self.config, self.run_dir.path, self.common)
+            self.run_dir.rewind(step)
+            return state, step, None
         step, state, meta = found
         self.seconds_before, self.loss = float(meta.get("seconds", 0.0)), meta.get("loss")
         self.data_seconds = float(meta.get("data_seconds", 0.0))
@@ -225,17 +227,18 @@ class _Session:
         One until a step has been timed: ten steps of a large model on a small machine would answer no signal for
         minutes.
         """
-        train, checkpoint = self.config.train, self.config.checkpoint
+        train, save = self.config.train, self.config.checkpoint.following(step)
         count = min(train.steps_per_dispatch, self.horizon.steps - step)
-        for every in (checkpoint.every_steps, train.eval_every_steps):
-            if every is not None:
-                count = min(count, every - step % every)
+        if save is not None:
+            count = min(count, save - step)
+        if train.eval_every_steps is not None:
+            count = min(count, train.eval_every_steps - step % train.eval_every_steps)
         timed = SECONDS_PER_DISPATCH * self.train_steps / max(self.train_seconds, 1e-9)
         return min(count, max(1, int(timed)))
 
     def _evaluation_due(self, step: int) -> bool:
-        every = self.config.train.eval_every_steps
-        return every is not None and 0 < step < self.horizon.steps and step % every == 0
+        every, branch = self.config.train.eval_every_steps, self.config.branch
+        return every is not None and (branch.step if branch else 0) < step < self.horizon.steps and step % every == 0
 
     def _load(self, step: int, running: Any) -> dict[str, jax.Array]:
         """The batches of the dispatch that starts at `step` on the mesh, padded with zeros to the compiled capacity.

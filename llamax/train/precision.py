@@ -52,8 +52,12 @@ def cpu_flag(path: Path = Path("/proc/cpuinfo")) -> str | None:
 
 
 def begun_with(config: RunConfig, run_dir: Path, devices: Iterable[Any]) -> Precision:
-    """`precision` of a run: one that was begun keeps the type it began with, on whatever machine it goes on."""
-    before: dict[str, Any] = (read_env(run_dir) or {}).get("precision", {})
+    """`precision` of a run: one that was begun, or whose trunk was, keeps the type it began with, on whatever machine
+    it goes on."""
+    env = read_env(run_dir)
+    if env is None and config.branch is not None:
+        env = read_env(Path(run_dir).parent / config.branch.trunk)
+    before: dict[str, Any] = (env or {}).get("precision", {})
     if config.train.compute_dtype == "auto" and "dtype" in before:
         return Precision(before["dtype"], "the run began with it")
     return precision(config.train.compute_dtype, devices)

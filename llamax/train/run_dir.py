@@ -181,7 +181,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _check_same_run(path: Path, config: RunConfig, fingerprint: str) -> None:
     there, asked = read_config(path).as_dict(), config.as_dict()
-    differ = [row for section in IDENTITY for row in diff(there[section], asked[section], f"{section}.")]
+    differ = [row for section in IDENTITY for row in diff(there[section] or {}, asked[section] or {}, f"{section}.")]
     fields = [f"{field} is {_shown(old)} there and {_shown(new)} here" for field, old, new in differ]
     known = (read_env(path) or {}).get("fingerprint", fingerprint)
     if known != fingerprint:

@@ -14,13 +14,8 @@ from llamax.config.run import Schedule
 
 def schedule_hyperparameters(schedule: Schedule, total_steps: int) -> dict[str, np.float32]:
     """The numbers `learning_rate` needs besides the peak `lr`: fractions of the horizon become whole steps."""
-    warmup_steps = round(schedule.warmup * total_steps)
-    values = {
-        "total_steps": total_steps,
-        "warmup_steps": warmup_steps,
-        "decay_steps": min(round(schedule.decay * total_steps), total_steps - max(warmup_steps, 1)),
-        "final": schedule.final,
-    }
+    warmup, decay = schedule.phases(total_steps)
+    values = {"total_steps": total_steps, "warmup_steps": warmup, "decay_steps": decay, "final": schedule.final}
     return {name: np.float32(value) for name, value in values.items()}
 
 

@@ -26,13 +26,16 @@ def shape_key(config: RunConfig) -> str:
     """Equal for two runs whose compiled step is the same program over the same number of steps of the same data.
 
     They may differ in every number of the optimizer and schedule sections (not in `kind`), in TRAIN_NUMBERS, in
-    `train.seed` (other weights, another data order), and in what asks for the same number of steps.
+    `train.seed` (other weights, another data order), in what asks for the same number of steps, and in the trunk they
+    branch from at the same step.
     """
     data: dict[str, Any] = config.as_dict()
     for name in ("optimizer", "schedule"):
         data[name] = data[name]["kind"]
     for name in (*TRAIN_NUMBERS, "seed", *HORIZONS):
         del data["train"][name]
+    if config.branch is not None:
+        data["branch"] = config.branch.step
     return json.dumps([data, horizon(config).steps], sort_keys=True)
 
 
