@@ -23,7 +23,7 @@ from llamax.train.run_dir import CHECKPOINTS, is_run, read_config, read_result
 from llamax.train.setup import Common
 from llamax.train.state import TrainState, hyper_of, seed_of
 
-OWN = (*HORIZONS, "eval_every_steps")  # fields of the train section that a branch may have otherwise than its trunk
+OWN = (*HORIZONS, "eval_every_steps", "steps_per_dispatch")  # of the train section, where a branch may differ
 
 
 def first_state(config: RunConfig, run_dir: Path, common: Common) -> tuple[int, TrainState]:

@@ -294,8 +294,8 @@ def test_a_trunk_is_no_point_of_a_fit(study: Path):
     assert "a trunk: its learning rate has not decayed" in words[0]
 
 
-def test_the_report_of_branches(study: Path, tmp_path: Path):
-    page = write_report(study, tmp_path / "report.html").read_text()
+def test_the_report_of_branches(study: Path):
+    page = write_report(study).read_text()
     assert "Branches of shared trunks: as trained" in page
 
 
