@@ -389,13 +389,11 @@ class RunConfig(Frozen):
         import hashlib
         import json
 
-        identity = {name: section for name, section in self.as_dict().items() if name in IDENTITY}
+        identity = {name: section for name, section in self.as_dict().items() if name in IDENTITY and section}
         if identity["model"]["parametrization"] == {"kind": "standard"}:  # as before there was the field, and so below
             del identity["model"]["parametrization"]
         if identity["schedule"]["warmup_steps"] is None:
             del identity["schedule"]["warmup_steps"]
-        if identity["branch"] is None:
-            del identity["branch"]
         return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:8]
 
 
