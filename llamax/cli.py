@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from llamax import converting, curving, generating, predicting, profiling, studying, sweeping
+from llamax import converting, curving, fitting, generating, predicting, profiling, studying, sweeping
 from llamax.console import Json, Overrides, StudyPath
 from llamax.console import emit as _emit
 from llamax.console import print_json as _print_json
@@ -31,6 +31,7 @@ app.add_typer(studying.app, name="study")
 app.add_typer(data_app, name="data")
 app.add_typer(model_app, name="model")
 app.add_typer(config_app, name="config")
+app.command("fit")(fitting.fit)
 app.command("generate")(generating.generate)
 app.command("profile")(profiling.profile)
 app.command("curves")(curving.curves)
@@ -126,37 +127,6 @@ def evaluate(
 
 
 # ---------------------------------------------------------------- after the runs
-@app.command()
-def fit(
-    data: Annotated[Path, typer.Argument(help="A study directory, or a CSV or Parquet table of runs.")],
-    n: Annotated[str, typer.Option(help="Column of parameters.")] = "n",
-    d: Annotated[str, typer.Option(help="Column of training tokens; empty to derive it from FLOPs.")] = "tokens",
-    loss: Annotated[str, typer.Option(help="Column of loss, nats per token.")] = "eval_loss",
-    flops: Annotated[
-        str | None, typer.Option(help="Column of training FLOPs; default flops_6n where there is one, else 6 N D.")
-    ] = None,
-    budget: Annotated[
-        str | None,
-        typer.Option(help="Column of the nominal budget, for approach 2; default budget where there is one."),
-    ] = None,
-    approach: Annotated[list[int] | None, typer.Option(help="2 (parabolas), 3 (parametric); default both.")] = None,
-    bootstrap: Annotated[int, typer.Option(help="Resamples for the intervals; 0 for none.")] = 300,
-    delta: Annotated[float, typer.Option(help="Huber threshold on log loss.")] = 1e-3,
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
-    at: Annotated[float | None, typer.Option(help="Recommend and predict at this many training FLOPs.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Fit scaling laws with bootstrap intervals to a study or to any table of runs."""
-    from llamax.fitting import fit_data, fit_tables
-
-    columns = {"n": n, "d": d or None, "loss": loss, "flops": flops, "budget": budget}
-    result = fit_data(data, columns, approach or [2, 3], bootstrap=bootstrap, delta=delta, seed=seed, at=at)
-    if as_json:
-        _print_json(result)
-    else:
-        _print(*fit_tables(result))
-
-
 @app.command()
 def report(study: StudyPath, as_json: Json = False) -> None:
     """Write report.html and report.md for a study."""

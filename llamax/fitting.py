@@ -2,15 +2,137 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import pandas as pd
+import typer
 
-from llamax.report.ledger import ledger
-from llamax.scaling import fit_frame, predict, read_table, recommend
+from llamax.console import Json, print_json, show
+from llamax.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LEDGER_COLUMNS = {"n": "n", "d": "tokens", "loss": "eval_loss", "flops": "flops_6n", "budget": "budget"}
+# Where no column is named, the first of these that the table has.
+USUAL = {
+    "n": ("n", "params", "N"),
+    "d": ("tokens", "d", "D"),
+    "loss": ("eval_loss", "loss"),
+    "flops": ("flops_6n", "flops", "C"),
+    "budget": ("budget",),
+}
+COUNTS = {"matmul": "n", "total": "params_total", "active": "params_active"}  # conventions of a ledger, by column
+FLOPS = {name: f"flops_{name}" for name in ("6n", "chinchilla", "palm", "causal")}
+POWER_LAWS = ("n_exponent", "n_coefficient", "d_exponent", "d_coefficient")
+TABLE_LAWS = {"chinchilla": "approach3", "coupled": "coupled"}
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What `llamax fit` was asked for; a column of None is looked for under its usual names.
+
+    law: a name of the registry, or None: Chinchilla and coupled law, compared. formula: a law written out, instead.
+    approaches: empty means 2 and 3 where there are budgets, 3 alone where a law is named. extra: columns of other
+    inputs of a law, by the law's name for them.
+    """
+
+    columns: Mapping[str, str | None] = field(default_factory=dict)
+    group: str | None = None
+    extra: Mapping[str, str] = field(default_factory=dict)
+    approaches: tuple[int, ...] = ()
+    law: str | None = None
+    formula: str | None = None
+    method: str = "huber"
+    delta: float = 1e-3
+    log: bool = True
+    bootstrap: int = 300
+    seed_noise: float | Literal["replicates"] | None = None
+    profile: tuple[str, ...] = ()
+    seed: int = 0
+    at: float | None = None
+    count: str | None = None
+    flop_count: str | None = None
+
+
+def fit(
+    data: Annotated[Path, typer.Argument(help="A study directory, or a CSV or Parquet table of runs.")],
+    n: Annotated[str | None, typer.Option(help="Column of parameters; default n.")] = None,
+    d: Annotated[str | None, typer.Option(help="Column of training tokens; default tokens, else FLOPs / 6 n.")] = None,
+    loss: Annotated[str | None, typer.Option(help="Column of loss, nats per token; default eval_loss, loss.")] = None,
+    flops: Annotated[str | None, typer.Option(help="Column of training FLOPs; default flops_6n, else 6 n d.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Column of the nominal budget, for approach 2.")] = None,
+    group: Annotated[
+        str | None, typer.Option(help="Column that names a run or cluster: the bootstrap draws whole ones.")
+    ] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(help="Another input of a law, as name=COL; may be repeated.", metavar="NAME=COL")
+    ] = None,
+    count: Annotated[str | None, typer.Option(help="Count of n in a ledger: matmul, total or active.")] = None,
+    flop_count: Annotated[str | None, typer.Option(help="FLOPs of a ledger: 6n, chinchilla, palm or causal.")] = None,
+    law: Annotated[
+        str | None, typer.Option(help="A law of the registry; default chinchilla, compared with coupled.")
+    ] = None,
+    formula: Annotated[str | None, typer.Option(help="A law written out: 'E + A/n**alpha + B/d**beta'.")] = None,
+    approach: Annotated[list[int] | None, typer.Option(help="2 (valleys) or 3 (parametric); default both.")] = None,
+    method: Annotated[str, typer.Option(help="huber, lad, mse, or vp (variable projection).")] = "huber",
+    delta: Annotated[float, typer.Option(help="Huber threshold.")] = 1e-3,
+    linear: Annotated[bool, typer.Option("--linear", help="Residuals in nats per token, not of log loss.")] = False,
+    bootstrap: Annotated[int, typer.Option(help="Resamples for the intervals; 0 for none.")] = 300,
+    seed_noise: Annotated[
+        str | None, typer.Option(help="Draw noise of this size in log loss, or of 'replicates', instead of runs.")
+    ] = None,
+    profile: Annotated[list[str] | None, typer.Option(help="Profile likelihood of this parameter.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    at: Annotated[float | None, typer.Option(help="Recommend and predict at this many training FLOPs.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Fit scaling laws with intervals to a study or to any table of runs."""
+    from llamax.fit_tables import fit_tables
+    from llamax.mesh.start import start
+
+    options = FitOptions(
+        columns={"n": n, "d": d or None, "loss": loss, "flops": flops, "budget": budget},
+        group=group,
+        extra=dict(_pair(text) for text in column or ()),
+        approaches=tuple(sorted(set(approach or ()))),
+        law=law,
+        formula=formula,
+        method=method,
+        delta=delta,
+        log=not linear,
+        bootstrap=bootstrap,
+        seed_noise=_noise(seed_noise),
+        profile=tuple(profile or ()),
+        seed=seed,
+        at=at,
+        count=count,
+        flop_count=flop_count,
+    )
+    start()
+    result = fit_data(data, options)
+    if as_json:
+        print_json(result)
+    else:
+        show(*fit_tables(result))
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, column = text.partition("=")
+    if not (name and equals and column):
+        raise UserError(f"column {text!r}: write it as name=COLUMN, such as unique_tokens=unique")
+    return name, column
+
+
+def _noise(text: str | None) -> float | Literal["replicates"] | None:
+    if text is None or text == "replicates":
+        return text  # type: ignore[return-value]
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"seed noise: {text!r}; give its size in log loss, such as 0.005, or replicates") from None
 
 
 def usable_runs(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -24,87 +146,187 @@ def usable_runs(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     return frame[good], words
 
 
-def fit_data(
-    path: Path,
-    columns: dict[str, str | None],
-    approaches: list[int],
-    *,
-    bootstrap: int,
-    delta: float,
-    seed: int,
-    at: float | None,
-) -> dict[str, Any]:
-    """Fits as a dict: `approach2`, `approach3`, `coupled`, `warnings`, and `at` (allocation, loss) where it is given.
+def fit_data(path: Path, options: FitOptions) -> dict[str, Any]:
+    """Fits as a dict. Of approach 3: `params`, `objective`, `intervals`; of approach 2: `n_exponent`, `n_coefficient`,
+    `d_exponent`, `d_coefficient`, `budgets`; always `n_points` and `warnings`; the full records under `approach2`,
+    `approach3`, `coupled`; with a compute to answer at also `n_opt, d_opt, tokens_per_param, loss`.
 
     Raises:
         UserError: no such table, or a table that cannot be fitted.
     """
+    from llamax.report.ledger import ledger
+    from llamax.scaling import read_table
+    from llamax.scaling.caveats import run_words
+
     words: list[str] = []
     if path.is_dir():
         frame, words = usable_runs(ledger(path))
     else:
         frame = read_table(path)
-    usual = {name: LEDGER_COLUMNS[name] for name in ("flops", "budget") if LEDGER_COLUMNS[name] in frame}
-    columns = {name: usual.get(name) if column is None else column for name, column in columns.items()}
-    fit = fit_frame(frame, tuple(approaches), **columns, bootstrap=bootstrap, delta=delta, seed=seed)  # type: ignore[arg-type]
-    result = fit.as_dict() | {"warnings": [*words, *fit.all_warnings()]}
-    if at is None:
-        return result
-    advice = recommend(fit, at)
-    if fit.approach3 is None:
-        return result | {"at": advice.as_dict()}
-    return result | {"at": predict(fit, flops=at, n=advice.n, d=advice.d).as_dict()}
+    columns = _columns(frame, options, words)
+    words += run_words(frame, options.extra.get("epochs"))
+    if options.formula is not None or (options.law is not None and options.law not in TABLE_LAWS):
+        return _fit_registered(frame, columns, options, words)
+    return _fit_table(frame, columns, options, words)
 
 
-def fit_tables(result: dict[str, Any]) -> list[Any]:
-    """What `llamax fit` prints: exponents and parameters with their intervals, valleys, warnings."""
-    from rich.table import Table
-    from rich.text import Text
+def _columns(frame: pd.DataFrame, options: FitOptions, words: list[str]) -> dict[str, str | None]:
+    """Columns by role: those named, else of the convention asked for, else the first usual one in the table."""
+    asked = dict(options.columns)
+    for role, chosen, table in (("n", options.count, COUNTS), ("flops", options.flop_count, FLOPS)):
+        if chosen is None:
+            continue
+        if chosen not in table:
+            raise UserError(f"convention {chosen!r}: choose from {', '.join(table)}")
+        if table[chosen] not in frame:
+            raise UserError(f"convention {chosen}: the table has no column {table[chosen]!r}; name one of its columns")
+        asked[role] = asked.get(role) or table[chosen]
+    found: dict[str, str | None] = {}
+    for role, usual in USUAL.items():
+        found[role] = asked.get(role) or next((name for name in usual if name in frame), None)
+    for role in ("n", "loss"):
+        found[role] = found[role] or USUAL[role][0]  # absent: the message names it
+    if found["d"] is None and found["flops"] is None:
+        found["d"] = USUAL["d"][0]
+    return found | {"run": options.group}
 
-    shown: list[Any] = []
-    if two := result["approach2"]:
-        table = Table(
-            "budget", "N at minimum", "D at minimum", "loss", "curvature", "interior", title="Approach 2: valleys"
+
+def _fit_table(
+    frame: pd.DataFrame, columns: dict[str, str | None], options: FitOptions, words: list[str]
+) -> dict[str, Any]:
+    """The Chinchilla and coupled laws, and approach 2."""
+    from llamax.scaling import fit_frame
+
+    approaches = options.approaches or ((3,) if options.law else (2, 3))
+    if columns["budget"] is None and not options.approaches:
+        approaches = (3,)
+    if options.method == "vp" and options.law == "coupled":
+        raise UserError("method vp: the coupled law is not linear in A and B; use huber, lad or mse")
+    fit = fit_frame(
+        frame,
+        approaches,
+        **columns,  # type: ignore[arg-type]
+        laws=(TABLE_LAWS[options.law],) if options.law else tuple(TABLE_LAWS.values()),
+        method=options.method,
+        delta=options.delta,
+        log=options.log,
+        bootstrap=options.bootstrap,
+        seed_noise=options.seed_noise,
+        seed=options.seed,
+    )
+    record = fit.as_dict()
+    names = {section: law for law, section in TABLE_LAWS.items()}
+    result: dict[str, Any] = {"approaches": list(approaches), "columns": columns}
+    intervals: dict[str, Any] = {}
+    errors: dict[str, Any] = {}
+    if 3 in approaches:
+        section = TABLE_LAWS[options.law] if options.law else "approach3"
+        chosen, part = record[section], fit.laws[section]
+        kept = (
+            "params",
+            "objective",
+            "objective_rule",
+            "method",
+            "delta",
+            "n_exponent",
+            "d_exponent",
+            "starts",
+            "starts_at_best",
+            "bounds_hit",
+            "condition",
+            "holdout_error_percent",
         )
-        for row in two["budgets"]:
-            cells = (row.get("budget"), row.get("vertex"), row.get("vertex_d"), row.get("loss"), row.get("curvature"))
-            table.add_row(*(_number(c) for c in cells), "yes" if row.get("interior") else "no")
-        shown.append(table)
-        names = ("n_exponent", "n_coefficient", "d_exponent", "d_coefficient")
-        shown.append(
-            _parameters(
-                "Approach 2: N* = n_coefficient C^n_exponent, and D*", {k: two[k] for k in names}, two["intervals"]
+        result |= {"law": names[section], "law_that_predicts": names[record["law"]]}
+        result |= {name: chosen[name] for name in kept}
+        intervals |= chosen["intervals"] or {}
+        errors |= part.draws.standard_errors() if part.draws else {}
+        if options.profile:
+            result["profile"] = _profiles(fit, section, options.profile)
+    if 2 in approaches and record["approach2"]:
+        two = record["approach2"]
+        result |= {
+            name: two[name] for name in ("n_exponent", "n_coefficient", "d_exponent", "d_coefficient", "budgets")
+        }
+        intervals |= two["intervals"] or {}
+    words = [*words, *fit.all_warnings()]
+    result |= {"n_points": len(fit.runs), "intervals": intervals, "standard_errors": errors}
+    if options.at is not None:
+        result |= _at(fit, result, options.at, words)
+    shared = {
+        name: record[name] for name in ("cost", "level", "seed", "seed_noise", "approach2", "approach3", "coupled")
+    }
+    return result | shared | {"warnings": list(dict.fromkeys(words))}
+
+
+def _profiles(fit: Any, section: str, names: tuple[str, ...]) -> dict[str, Any]:
+    from llamax.scaling.profile import profile_parametric
+
+    part = fit.laws[section]
+    return {name: profile_parametric(part.fit, fit.runs, name).as_dict() for name in names}
+
+
+def _at(fit: Any, result: dict[str, Any], flops: float, words: list[str]) -> dict[str, Any]:
+    """The optimum at `flops`: its four numbers and, among the intervals, theirs; `at` has the whole answer."""
+    from llamax.scaling import predict, recommend
+    from llamax.scaling.target import target_approach2, target_parametric
+
+    if fit.laws:
+        section = TABLE_LAWS[result["law"]]
+        part = fit.laws[section]
+        target = target_parametric(part.fit, part.draws, flops, fit.cost, fit.level)
+    else:
+        found = target_approach2(fit.approach2, fit.approach2_draws, flops, fit.level)
+        if found is None:
+            raise UserError("at: fewer than two budgets have a valid vertex, so approach 2 has no power laws to answer")
+        target = found
+        if target.loss is None:
+            words.append("at: no loss: approach 2 has no loss-compute frontier here (see the warnings)")
+    answer = target.as_dict()
+    record: dict[str, Any] = {"target": answer}
+    if fit.laws:
+        advice = recommend(fit, flops)
+        record |= {"prediction": predict(fit, flops=flops, n=advice.n, d=advice.d).as_dict()}
+        words += record["prediction"]["warnings"]
+    names = ("n_opt", "d_opt", "tokens_per_param", "loss")
+    bounds = {name: answer["intervals"].get(name) for name in names}
+    return {name: answer[name] for name in names} | {
+        "regret": answer["regret"],
+        "intervals": result["intervals"] | bounds,
+        "at": record,
+    }
+
+
+def _fit_registered(
+    frame: pd.DataFrame, columns: dict[str, str | None], options: FitOptions, words: list[str]
+) -> dict[str, Any]:
+    """Any other law of the registry, or a formula."""
+    import numpy as np
+
+    from llamax.scaling.lawfit import bootstrap_law, fit_law, law_table
+    from llamax.scaling.registry import law
+
+    spec = law(options.formula or options.law or "")
+    named = {**{role: name for role, name in columns.items() if name}, **options.extra}
+    table, more = law_table(spec, frame, named)
+    fit = fit_law(spec, table, method=options.method, delta=options.delta, log=options.log)
+    record = fit.as_dict()
+    result = record | {"approaches": [3], "intervals": {}, "standard_errors": {}, "seed": options.seed, "level": 0.95}
+    words = [*words, *more, *fit.warnings]
+    if options.bootstrap:
+        rng = np.random.default_rng([options.seed, 3])
+        noise = options.seed_noise
+        if noise == "replicates":
+            raise UserError("seed noise: replicates are found for the laws of n and d alone; give a number")
+        draws = bootstrap_law(fit, table, options.bootstrap, rng, seed_noise=noise)
+        result |= {"intervals": draws.intervals(), "standard_errors": draws.standard_errors()}
+        if draws.failed:
+            words.append(
+                f"bootstrap: {draws.failed} resamples had no more distinct runs than parameters and are left out"
             )
-        )
-    if three := result["approach3"]:
-        shown.append(_parameters("Approach 3: L = E + A/N^alpha + B/D^beta", three["params"], three["intervals"]))
-    if coupled := result["coupled"]:
-        title = "Coupled law: L = E + (A/N^alpha + B/D^beta)^gamma"
-        shown.append(_parameters(title, coupled["params"], coupled["intervals"]))
-    if at := result.get("at"):
-        advice = at.get("recommendation", at)
-        shown.append(
-            Text(f"at {at['flops']:.3g} FLOPs: N* = {advice['n']:.4g}, D* = {advice['d']:.4g} ({advice['rule']})")
-        )
-        if "loss" in at:
-            shown.append(
-                Text(f"predicted loss {at['loss']:.4f} nats/token, one new run within {_pair(at['interval'])}")
-            )
-    return shown + [Text(f"warning: {word}", style="yellow") for word in result["warnings"]]
+    if options.profile:
+        from llamax.scaling.profile import profile_law
 
-
-def _parameters(title: str, values: dict[str, Any], intervals: dict[str, Any] | None) -> Any:
-    from rich.table import Table
-
-    table = Table("parameter", "value", "95 % interval", title=title)
-    for name, value in values.items():
-        table.add_row(name, _number(value), _pair((intervals or {}).get(name)))
-    return table
-
-
-def _number(value: Any) -> str:
-    return "-" if value is None else value if isinstance(value, str) else f"{value:.4g}"
-
-
-def _pair(pair: Any) -> str:
-    return "-" if not pair else f"[{pair[0]:.4g}, {pair[1]:.4g}]"
+        result["profile"] = {name: profile_law(fit, name).as_dict() for name in options.profile}
+    if options.at is not None:
+        raise UserError(f"at: law {spec.name} has inputs besides n and d; --at answers for chinchilla and coupled")
+    return result | {"warnings": list(dict.fromkeys(words))}

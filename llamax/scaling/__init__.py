@@ -1,8 +1,9 @@
 """Scaling laws: fits, bootstrap intervals, allocation and prediction, as pure functions on arrays and DataFrames.
 
-`fit_frame` (a table of runs to all fits), `recommend` and `predict` (a fit to a claim), `score` (the claim against the
-run), `register` and `read_predictions` (the ledger of claims, a hash chain), `align_curves` and what follows it (loss
-curves).
+`fit_frame` (a table of runs to all fits), `fit_approach3` and `fit_law` (one law by itself), `target_parametric` and
+`regret` (the optimum at a compute and what a wrong one costs), `profile_law` (profile likelihood), `recommend` and
+`predict` (a fit to a claim), `score` (the claim against the run), `register` and `read_predictions` (the ledger of
+claims, a hash chain), `align_curves` and what follows it (loss curves).
 
 `law` and `LAWS` are the registry of laws; `served_allocation`, `limited_allocation` and `allocate` say what to train
 when training is not all; `approach2_bias` what an isoFLOP design gets wrong without any noise.
@@ -35,7 +36,9 @@ from llamax.scaling.curves import (
     noise_scale,
     running_median,
 )
+from llamax.scaling.engine import Objective
 from llamax.scaling.fit import Parametric, ScalingFit, fit_frame
+from llamax.scaling.lawfit import LawDraws, LawFit, bootstrap_law, fit_law
 from llamax.scaling.laws import (
     Allocation,
     ChinchillaLaw,
@@ -46,9 +49,11 @@ from llamax.scaling.laws import (
 )
 from llamax.scaling.lawspec import COLUMNS, LawSpec, Parameter
 from llamax.scaling.predict import Prediction, Recommendation, Score, predict, recommend, score
+from llamax.scaling.profile import Profile, profile_law, profile_parametric
 from llamax.scaling.register import read_predictions, register, scores
 from llamax.scaling.registry import LAWS, formula_law, law
 from llamax.scaling.table import read_table
+from llamax.scaling.target import Regret, Target, regret, target_approach2, target_parametric
 from llamax.scaling.traces import annealing_columns, power_columns
 from llamax.scaling.transfer import Shift, lr_optima, lr_shift, transfer_summary
 
@@ -63,25 +68,32 @@ __all__ = [
     "Collapse",
     "Cost",
     "CoupledLaw",
+    "LawDraws",
+    "LawFit",
     "LawSpec",
     "LimitedAllocation",
     "NoiseScale",
+    "Objective",
     "Parameter",
     "Parametric",
     "ParametricFit",
     "Prediction",
+    "Profile",
     "Recommendation",
+    "Regret",
     "ScalingFit",
     "Score",
     "ServedAllocation",
     "Shift",
     "Spike",
+    "Target",
     "align_curves",
     "allocate",
     "annealing_columns",
     "approach2_bias",
     "beyond_training",
     "bootstrap_approach2",
+    "bootstrap_law",
     "bootstrap_parametric",
     "collapse_curves",
     "ema",
@@ -91,6 +103,7 @@ __all__ = [
     "fit_approach3",
     "fit_coupled",
     "fit_frame",
+    "fit_law",
     "formula_law",
     "isoflop_runs",
     "law",
@@ -102,13 +115,18 @@ __all__ = [
     "optimal_allocation_under",
     "power_columns",
     "predict",
+    "profile_law",
+    "profile_parametric",
     "read_predictions",
     "read_table",
     "recommend",
     "register",
+    "regret",
     "running_median",
     "score",
     "scores",
     "served_allocation",
+    "target_approach2",
+    "target_parametric",
     "transfer_summary",
 ]

@@ -61,13 +61,16 @@ class BudgetFit:
 
 @dataclass(frozen=True)
 class Frontier:
-    """Loss at the best allocation against compute: L(C) = E + K · C^-gamma, from the heights of the valleys."""
+    """Loss at the best allocation against compute: L(C) = E + K · C^-gamma, from the heights of the valleys.
 
-    E: float
-    K: float
-    gamma: float
+    Plain floats, or arrays `[draws]`.
+    """
 
-    def loss(self, flops: Scalar) -> float:
+    E: Any
+    K: Any
+    gamma: Any
+
+    def loss(self, flops: Scalar) -> Any:
         """Nats per token at `flops` training FLOPs."""
         return self.E + self.K * flops**-self.gamma
 

@@ -1,21 +1,25 @@
 """Approach 3 of Hoffmann et al. 2022 (arXiv:2203.15556, section 3.3): all runs in one parametric fit.
 
-Minimises  sum_i Huber_delta(LSE(a - alpha log N_i, b - beta log D_i, e) - log L_i)  over theta = (a, b, e, alpha,
-beta), with A = exp(a), B = exp(b), E = exp(e). The SUM, not the mean: the mean objective is so small that optimisers
-stop early, the flaw Besiroglu et al. 2024 (arXiv:2404.10102) found in the original numbers.
+Minimises  sum_i rho(log L(N_i, D_i) - log L_i)  for L = E + A / N^alpha + B / D^beta: rho is Huber's function at 1e-3
+as in the paper, the absolute value or the square, of log residuals or of those in nats. The SUM, not the mean: the mean
+is so small that optimisers stop early, the flaw Besiroglu et al. 2024 (arXiv:2404.10102) found in the original numbers.
+Their own headline is the least sum of absolute values.
 
-The same objective with a sixth parameter, gamma, fits the coupled law (laws.py). The minimiser is in solver.py.
+The same objective with a sixth parameter, gamma, fits the coupled law (laws.py). Coordinates, bounds and starts are in
+centred.py, the minimiser in engine.py, variable projection in projection.py.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from llamax.errors import UserError
+from llamax.scaling.centred import PRIOR_WIDTH, Centred
+from llamax.scaling.engine import Objective
 from llamax.scaling.laws import ChinchillaLaw, CoupledLaw, Law, Number, plain
-from llamax.scaling.solver import Problem, huber, predict_log
+from llamax.scaling.projection import project, project_many
 
 N_PARAMETERS, N_COUPLED = 5, 6
 EXACT = 1e-6  # a mean error below it counts as none: two laws that both are exact tie
@@ -25,22 +29,37 @@ EXACT = 1e-6  # a mean error below it counts as none: two laws that both are exa
 class ParametricFit:
     """A parametric fit with what is needed to trust it or not.
 
-    objective: the minimised sum. residuals: log measured - log fitted `[runs]`. starts / starts_at_best: how many
-    starts were tried and how many ended within 0.01 % of the best objective. bounds_hit: names of parameters at a
+    objective: the minimised sum (`sums` says of what). residuals: log measured - log fitted `[runs]`. scatter: mean
+    absolute residual as the objective sees them. starts / starts_at_best: how many starts were tried and how many ended
+    within 0.01 % of the best objective; start_ratios: the median and the worst start's objective over the best.
+    projected: E, A, B were solved for at every alpha, beta (variable projection). bounds_hit: names of parameters at a
     bound. condition: condition number of the column-scaled Jacobian at the optimum (1 is ideal; above 1000 parameters
     trade off against each other).
     """
 
     law: Law
     objective: float
-    delta: float
+    sums: Objective
     n_points: int
     residuals: np.ndarray
+    scatter: float
     starts: int
     starts_at_best: int
     bounds_hit: tuple[str, ...]
     condition: float
     warnings: tuple[str, ...]
+    start_ratios: tuple[float, float] = (1.0, 1.0)
+    projected: bool = False
+
+    @property
+    def delta(self) -> float:
+        """Huber's threshold."""
+        return self.sums.delta
+
+    @property
+    def method(self) -> str:
+        """huber, lad, mse or vp."""
+        return "vp" if self.projected else self.sums.method
 
     @property
     def n_parameters(self) -> int:
@@ -49,9 +68,10 @@ class ParametricFit:
 
     @property
     def theta(self) -> np.ndarray:
-        """(a, b, e, alpha, beta) with A = exp(a), B = exp(b), E = exp(e); of the coupled law, see solver.py."""
+        """(a, b, e, alpha, beta) with A = exp(a), B = exp(b), E = exp(e); of the coupled law, see centred.py."""
         law = self.law
-        theta = np.array([np.log(law.A), np.log(law.B), np.log(law.E), law.alpha, law.beta])
+        logs = [float(np.log(max(float(v), 1e-300))) for v in (law.A, law.B, law.E)]
+        theta = np.array([*logs, float(law.alpha), float(law.beta)])
         if isinstance(law, ChinchillaLaw):
             return theta
         return np.append(theta * law.gamma ** np.array([1, 1, 0, 1, 1]), np.log(law.gamma))
@@ -78,12 +98,16 @@ class ParametricFit:
             "n_exponent": plain(self.law.beta / total),
             "d_exponent": plain(self.law.alpha / total),
             "objective": self.objective,
-            "delta": self.delta,
+            "objective_rule": self.sums.rule,
+            "method": self.method,
+            "delta": self.delta if self.method == "huber" else None,
             "n_points": self.n_points,
             "aic": self.aic,
             "residual_percent": plain(100 * residual_scale(self)),
             "starts": self.starts,
             "starts_at_best": self.starts_at_best,
+            "starts_median_ratio": plain(self.start_ratios[0]),
+            "starts_worst_ratio": plain(self.start_ratios[1]),
             "bounds_hit": list(self.bounds_hit),
             "condition": plain(self.condition),
             "warnings": list(self.warnings),
@@ -95,33 +119,27 @@ def residual_scale(fit: ParametricFit) -> float:
     return float(np.sqrt(np.sum(fit.residuals**2) / max(fit.n_points - fit.n_parameters, 1)))
 
 
-def huber_objective(
-    theta: Float[np.ndarray, "parameters"],
-    log_n: Float[np.ndarray, "runs"],
-    log_d: Float[np.ndarray, "runs"],
-    log_loss: Float[np.ndarray, "runs"],
-    delta: float = 1e-3,
-) -> tuple[float, Float[np.ndarray, "parameters"]]:
-    """Sum of Huber losses of the log residuals and its analytic gradient at theta, of five or six (see solver.py)."""
-    predicted, jacobian = predict_log(theta[None], log_n, log_d)
-    residual = predicted[0] - log_loss
-    value = huber(residual, delta).sum()
-    return float(value), np.clip(residual, -delta, delta) @ jacobian[0]
-
-
 def fit_approach3(
     n: Float[np.ndarray, "runs"],
     d: Float[np.ndarray, "runs"],
     loss: Float[np.ndarray, "runs"],
     *,
     delta: float = 1e-3,
+    method: str = "huber",
+    log: bool = True,
 ) -> ParametricFit:
     """Fit the Chinchilla law to runs: `n` parameters, `d` tokens, `loss` nats per token, all `[runs]` and positive.
 
-    Deterministic: the starts are a fixed grid. Raises UserError for fewer than six runs, values that are not positive
-    and finite, losses that are all equal, `n` or `d` that never vary, or a `delta` that is not positive.
+    method: huber (threshold `delta`), lad (least absolute deviations), mse (least squares), each of log residuals or,
+    `log=False`, of residuals in nats; or vp: least squares in nats, E, A and B solved for at every alpha, beta
+    (variable projection, arXiv:2603.22339). Deterministic: the starts are a fixed grid. Raises UserError for fewer than
+    six runs, values that are not positive and finite, losses that are all equal, `n` or `d` that never vary, an unknown
+    method, or a `delta` that is not positive.
     """
-    return _fit(n, d, loss, delta, coupled=False)
+    check_runs(n, d, loss, N_PARAMETERS)
+    if method == "vp":
+        return _fit_projected(n, d, loss)
+    return _fit(n, d, loss, Objective(method, delta, log), coupled=False)
 
 
 def fit_coupled(
@@ -130,45 +148,92 @@ def fit_coupled(
     loss: Float[np.ndarray, "runs"],
     *,
     delta: float = 1e-3,
+    method: str = "huber",
+    log: bool = True,
 ) -> ParametricFit:
     """Fit the coupled law L = E + (A / N^alpha + B / D^beta)^gamma; objective, starts and errors as in `fit_approach3`.
 
     gamma lies in 0.1 .. 3. It is fitted twice: freely, which gives the scatter of the runs, then with a prior on gamma
-    (solver.py) weighed against that scatter; `objective` leaves the prior out. Raises UserError for fewer than seven
+    (centred.py) weighed against that scatter; `objective` leaves the prior out. Raises UserError for fewer than seven
     runs.
     """
-    return _fit(n, d, loss, delta, coupled=True)
+    check_runs(n, d, loss, N_COUPLED)
+    return _fit(n, d, loss, Objective(method, delta, log), coupled=True)
 
 
-def _fit(n: np.ndarray, d: np.ndarray, loss: np.ndarray, delta: float, *, coupled: bool) -> ParametricFit:
-    check_runs(n, d, loss, N_COUPLED if coupled else N_PARAMETERS)
-    if not (np.isfinite(delta) and delta > 0):
-        raise UserError(f"delta: {delta}; give a positive number, such as 0.001")
-    problem = Problem.of(n, d, loss, delta, coupled=coupled)
+def _fit(n: np.ndarray, d: np.ndarray, loss: np.ndarray, sums: Objective, *, coupled: bool) -> ParametricFit:
+    problem = Centred.of(n, d, loss, sums, coupled=coupled)
     starts = problem.starts(*((8, 4) if coupled else (16, 16)))  # for each start of gamma
-    thetas, objectives = problem.minimise(starts, np.ones((1, len(loss))), iterations=2000, tolerance=1e-13)
-    best = int(np.argmin(objectives))
-    theta, objective = thetas[best], float(objectives[best])
+    thetas, objectives = problem.task.minimise(starts)
+    theta = thetas[int(np.argmin(objectives))]
+    residuals, jacobian = problem.task.describe(theta)
+    scatter = float(np.abs(residuals).mean())
     if coupled:
-        scatter = float(np.abs(predict_log(theta[None], problem.x, problem.y)[0] - problem.z).mean())
-        theta = replace(problem, scatter=scatter).best(thetas, iterations=2000, tolerance=1e-13)
-        objective = problem.value(theta)
-    predicted, jacobian = predict_log(theta[None], problem.x, problem.y)
-    norms = np.linalg.norm(jacobian[0], axis=0)
-    condition = float(np.linalg.cond(jacobian[0] / np.where(norms > 0, norms, 1.0)))
+        weighed = Centred.of(n, d, loss, sums, coupled=True, scatter=scatter).task
+        candidates, values = weighed.minimise(thetas)
+        theta = candidates[int(np.argmin(values))]
+        residuals, jacobian = problem.task.describe(theta)
+    return _result(
+        _law(problem.outside(theta)),
+        problem.task.value(residuals),
+        sums,
+        (n, d, loss),
+        scatter=float(np.abs(residuals).mean()),
+        objectives=objectives,
+        bounds_hit=problem.task.bounds_hit(theta),
+        jacobian=jacobian,
+    )
+
+
+def _fit_projected(n: np.ndarray, d: np.ndarray, loss: np.ndarray) -> ParametricFit:
+    found = project(n, d, loss)
+    residuals = loss - np.asarray(found.law.loss(n, d))
+    return _result(
+        found.law,
+        float((residuals**2).sum()),
+        Objective("mse", log=False),
+        (n, d, loss),
+        scatter=float(np.abs(residuals).mean()),
+        objectives=found.objectives,
+        bounds_hit=found.bounds_hit,
+        jacobian=found.jacobian,
+        projected=True,
+    )
+
+
+def _result(
+    law: Law,
+    objective: float,
+    sums: Objective,
+    runs: tuple[np.ndarray, np.ndarray, np.ndarray],
+    *,
+    scatter: float,
+    objectives: np.ndarray,
+    bounds_hit: tuple[str, ...],
+    jacobian: np.ndarray,
+    projected: bool = False,
+) -> ParametricFit:
+    n, d, loss = runs
+    norms = np.linalg.norm(jacobian, axis=0)
+    condition = float(np.linalg.cond(jacobian / np.where(norms > 0, norms, 1.0)))
     at_best = int(np.sum(objectives <= objective * (1 + 1e-4) + 1e-12))
-    hit = problem.bounds_hit(theta)
+    least = objectives.min() or 1.0
+    coupled = isinstance(law, CoupledLaw)
+    words = _warnings(n, d, len(objectives), at_best, bounds_hit, condition, coupled=coupled)
     return ParametricFit(
-        law=_law(problem.outside(theta)),
+        law=law,
         objective=objective,
-        delta=delta,
+        sums=sums,
         n_points=len(loss),
-        residuals=problem.z - predicted[0],
-        starts=len(starts),
+        residuals=np.log(loss) - np.log(np.asarray(law.loss(n, d))),
+        scatter=scatter,
+        starts=len(objectives),
         starts_at_best=at_best,
-        bounds_hit=hit,
+        bounds_hit=bounds_hit,
         condition=condition,
-        warnings=tuple(_warnings(n, d, len(starts), at_best, hit, condition, coupled=coupled)),
+        warnings=tuple(words),
+        start_ratios=(float(np.median(objectives) / least), float(objectives.max() / least)),
+        projected=projected,
     )
 
 
@@ -179,24 +244,33 @@ def refit(
     loss: Float[np.ndarray, "runs"],
     weights: Float[np.ndarray, "draws runs"],
     *,
-    extra_starts: int = 3,
-    shift: float = 0.0,
+    extra_starts: int = 1,
+    shift: float | np.ndarray = 0.0,
+    losses: Float[np.ndarray, "draws runs"] | None = None,
 ) -> tuple[Law, Float[np.ndarray, "draws"]]:
     """Fit every row of run `weights` (bootstrap counts) at once, warm from `fit` and from a few other good starts.
 
-    `shift` moves the centre of the coupled law's prior by that many of its widths.
-    Returns the law with array fields `[draws]` and the objectives `[draws]`.
+    `shift` moves the centre of the coupled law's prior by that many of its widths (one number, or one a draw).
+    `losses`: measured losses that differ by draw. Returns the law with array fields `[draws]` and the objectives.
     """
+    if fit.projected:
+        return project_many(n, d, loss, weights, fit.law, losses=losses)
     coupled = isinstance(fit.law, CoupledLaw)
-    problem = Problem.of(n, d, loss, fit.delta, coupled=coupled)
-    if coupled:
-        problem = replace(problem, scatter=fit.mean_error, shift=shift)
-    per_gamma = (1, 0) if coupled else (extra_starts, extra_starts // 2)
-    others = problem.starts(*per_gamma)[:extra_starts]
+    problem = Centred.of(n, d, loss, fit.sums, coupled=coupled, scatter=fit.scatter)
+    extra_starts = 0 if fit.sums.method == "lad" else extra_starts  # its continuation begins anew from any start
+    others = problem.starts(*((1, 0) if coupled else (extra_starts, extra_starts // 2)))[:extra_starts]
     starts = np.concatenate([problem.inside(fit.theta)[None], others])
     draws, k = len(weights), len(starts)
-    thetas, objectives = problem.minimise(
-        np.tile(starts, (draws, 1)), np.repeat(weights, k, axis=0), iterations=300, tolerance=1e-7
+    centre = None
+    if problem.task.prior:
+        off = np.zeros((draws, fit.n_parameters))
+        off[:, 5] = np.asarray(shift) * PRIOR_WIDTH
+        centre = np.repeat(problem.task.prior[0] + off, k, axis=0)
+    thetas, objectives = problem.task.minimise(
+        np.tile(starts, (draws, 1)),
+        np.repeat(weights, k, axis=0),
+        target=None if losses is None else np.repeat(losses, k, axis=0),
+        prior_centre=centre,
     )
     thetas, objectives = thetas.reshape(draws, k, fit.n_parameters), objectives.reshape(draws, k)
     at = np.arange(draws), np.argmin(objectives, axis=1)

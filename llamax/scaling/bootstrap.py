@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llamax.scaling.approach2 import PowerLaw, budget_name, by_budget, fit_power_law
+from llamax.scaling.approach2 import Frontier, PowerLaw, budget_name, by_budget, fit_power_law
 from llamax.scaling.approach3 import ParametricFit, refit
-from llamax.scaling.laws import ChinchillaLaw, CoupledLaw, Law, Scalar
-from llamax.scaling.solver import COUPLED_EXPONENT_RANGE, EXPONENT_RANGE, GAMMA_RANGE
+from llamax.scaling.centred import COUPLED_EXPONENT_RANGE, EXPONENT_RANGE, GAMMA_RANGE
+from llamax.scaling.laws import ChinchillaLaw, CoupledLaw, Law, Scalar, plain
 from llamax.scaling.valleys import Vertex, fit_valleys
 
 Interval = tuple[float, float]
@@ -38,6 +38,7 @@ class Approach2Draws:
     d: PowerLaw
     degenerate: dict[Any, int]
     failed: int
+    frontier: Frontier | None = None  # fields `[draws]`, nan where fewer than three budgets are valid
 
     @property
     def draws(self) -> int:
@@ -95,10 +96,16 @@ class ParametricDraws:
         return len(np.atleast_1d(self.law.alpha))
 
     def intervals(self, level: float = 0.95) -> dict[str, list[float] | None]:
-        """Percentile intervals of the law's parameters and of the allocation exponent beta / (alpha + beta)."""
-        law = self.law
-        values = dict(vars(law)) | {"n_exponent": law.beta / (law.alpha + law.beta)}
-        return {name: as_list(interval(draws, level)) for name, draws in values.items()}
+        """Percentile intervals of the parameters and of the exponents of N* and D*: beta, alpha over their sum."""
+        return {name: as_list(interval(draws, level)) for name, draws in self._named().items()}
+
+    def standard_errors(self) -> dict[str, float | None]:
+        """Standard deviations of the same over the draws; None with fewer than ten."""
+        return {n: plain(np.std(v)) if np.size(v) >= 10 else None for n, v in self._named().items()}
+
+    def _named(self) -> dict[str, Any]:
+        law, total = self.law, self.law.alpha + self.law.beta
+        return dict(vars(law)) | {"n_exponent": law.beta / total, "d_exponent": law.alpha / total}
 
     def as_dict(self) -> dict[str, Any]:
         """How the bootstrap went, in plain values."""
@@ -158,35 +165,80 @@ def bootstrap_approach2(
         lines[axis] = fit_power_law(log_c, np.stack([v.vertex for v in valleys], axis=1), valid)
         usable &= valid.sum(1) >= 2
         if axis == "n":
+            heights = np.where(valid, np.stack([v.height for v in valleys], axis=1), np.nan)
             degenerate = {label: int(draws - ok.sum()) for (label, _), ok in zip(groups, valid.T, strict=True)}
     n, d = (
         PowerLaw(*(np.where(usable, v, np.nan) for v in (line.exponent, line.log_coefficient)))
         for line in lines.values()
     )
-    return Approach2Draws(n, d, degenerate, int(draws - usable.sum()))
+    return Approach2Draws(n, d, degenerate, int(draws - usable.sum()), frontier_draws(log_c, heights))
+
+
+def frontier_draws(log_c: np.ndarray, heights: np.ndarray) -> Frontier:
+    """E + K C^-gamma through the heights `[draws, budgets]` of valid valleys (nan: not valid), fields `[draws]`.
+
+    Least squares of the relative misfit, E and K solved for at every gamma of a grid that zooms in once; nan with under
+    three heights.
+    """
+    valid = np.isfinite(heights)
+    y, centre = np.where(valid, heights, 1.0), float(log_c.mean())
+
+    def solve(gamma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(E, K, gamma) `[3, draws]` and the misfit `[draws]` at one gamma a draw."""
+        # Relative misfit: e / y + k term / y = 1 in every row; two by two normal equations of every draw.
+        one, term = valid / y, valid * np.exp(-gamma[:, None] * (log_c - centre)) / y
+        a, b, c = (one**2).sum(1), (one * term).sum(1), np.maximum((term**2).sum(1), 1e-300)
+        e = np.maximum((c * one.sum(1) - b * term.sum(1)) / np.maximum(a * c - b**2, 1e-300), 0.0)
+        k = (term.sum(1) - e * b) / c
+        left = ((valid - e[:, None] * one - k[:, None] * term) ** 2).sum(1)
+        return np.stack([e, k * np.exp(gamma * centre), gamma]), np.where(k > 0, left, np.inf)
+
+    grid = np.geomspace(0.005, 2.0, 100)
+    middle, ratio = np.ones(len(y)), grid[1] / grid[0]
+    for candidates in (grid, np.geomspace(1 / ratio, ratio, 100)):
+        found = [solve(middle * factor) for factor in candidates]
+        best = np.argmin([left for _, left in found], axis=0)
+        values = np.stack([v for v, _ in found])[best, :, np.arange(len(y))].T
+        middle = values[2]
+    sure = (valid.sum(1) >= 3) & np.isfinite(np.min([left for _, left in found], axis=0))
+    return Frontier(*np.where(sure, values, np.nan))
 
 
 def bootstrap_parametric(
-    fit: ParametricFit, frame: pd.DataFrame, draws: int, rng: np.random.Generator, *, extra_starts: int = 3
+    fit: ParametricFit,
+    frame: pd.DataFrame,
+    draws: int,
+    rng: np.random.Generator,
+    *,
+    extra_starts: int = 1,
+    seed_noise: float | None = None,
 ) -> ParametricDraws:
     """Refit the law of `fit` on `draws` resamples at once, each warm from it and from `extra_starts` other starts.
 
     Resampling runs alone would leave the doubt of the coupled law's prior out, and intervals would be too narrow the
     more it counts. So the prior's centre varies too, by normal quantiles over blocks of resamples; for a linear law
     both together draw from the posterior (randomize-then-optimize, Bardsley et al. 2014).
+
+    With `seed_noise`, a size in log loss, no run is drawn or left out: every draw is the law at the measured runs with
+    normal noise of that size (a parametric bootstrap). It keeps the design, and knows of no other misfit.
     """
-    counts = resample_counts(frame, draws, rng)
+    losses = None
+    if seed_noise is None:
+        counts = resample_counts(frame, draws, rng)
+    else:
+        counts = np.ones((draws, len(frame)))
+        fitted = np.asarray(fit.law.loss(frame["n"].to_numpy(float), frame["d"].to_numpy(float)))
+        losses = fitted * np.exp(seed_noise * rng.normal(size=counts.shape))
     enough = (counts > 0).sum(1) > fit.n_parameters
     n, d, loss = (frame[c].to_numpy(float) for c in ("n", "d", "loss"))
-    shifts = PRIOR_SHIFTS if isinstance(fit.law, CoupledLaw) else (0.0,)
-    memory = int(enough.sum()) * len(loss) // 40_000  # blocks that bound its peak
-    blocks = np.array_split(counts[enough], len(shifts) * (1 + memory // len(shifts)))
-    parts = [
-        refit(fit, n, d, loss, block, extra_starts=extra_starts, shift=shifts[i % len(shifts)])[0]
-        for i, block in enumerate(blocks)
-        if len(block) or i == 0
-    ]
-    law = type(fit.law)(*(np.concatenate([np.atleast_1d(getattr(p, k)) for p in parts]) for k in vars(fit.law)))
+    kept, shift = counts[enough], np.zeros(int(enough.sum()))
+    if isinstance(fit.law, CoupledLaw):
+        blocks = np.array_split(np.arange(len(shift)), len(PRIOR_SHIFTS))
+        shift[:] = np.concatenate([np.full(len(rows), PRIOR_SHIFTS[i]) for i, rows in enumerate(blocks)])
+    if len(kept):
+        law = refit(fit, n, d, loss, kept, extra_starts=extra_starts, shift=shift, losses=losses)[0]
+    else:
+        law = type(fit.law)(*(np.zeros(0) for _ in vars(fit.law)))
     return ParametricDraws(law, int(draws - enough.sum()), int(_at_bound(law).sum()))
 
 

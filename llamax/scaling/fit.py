@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from llamax.scaling.approach2 import Approach2Fit, by_budget, fit_approach2
 from llamax.scaling.approach3 import N_COUPLED, ParametricFit, fit_approach3, fit_coupled
 from llamax.scaling.bands import approach2_bands, compute_grid, parametric_bands
 from llamax.scaling.bootstrap import Approach2Draws, ParametricDraws, bootstrap_approach2, bootstrap_parametric
+from llamax.scaling.caveats import group_words, seed_scatter, undertrained_words
 from llamax.scaling.laws import Cost, Scalar, fit_cost
 from llamax.scaling.table import clean
 
@@ -23,8 +25,8 @@ from llamax.scaling.table import clean
 class Parametric:
     """One parametric law fitted to the table, its bootstrap draws, and its holdout error.
 
-    holdout_error: root mean square relative error on the runs of the largest budget when the law is fitted without
-    them; None where that cannot be done.
+    holdout_error: root mean square relative error on the runs of the largest budget (without budgets: the fifth of the
+    runs with the most compute) when the law is fitted without them; None where that cannot be done.
     """
 
     fit: ParametricFit
@@ -54,6 +56,7 @@ class ScalingFit:
     additive: Parametric | None
     coupled: Parametric | None
     warnings: tuple[str, ...]
+    seed_noise: float | None = None
 
     @property
     def approach3(self) -> ParametricFit | None:
@@ -76,7 +79,7 @@ class ScalingFit:
         Raises:
             UserError: without approach 3.
         """
-        if self.additive is None:
+        if not self.laws:
             raise UserError("fit: approach 3 was not fitted; a predicted loss needs it")
         aic = {name: part.fit.aic for name, part in self.laws.items()}
         raw = {name: math.exp((min(aic.values()) - value) / 2) for name, value in aic.items()}
@@ -93,7 +96,7 @@ class ScalingFit:
             f"{100 * part.fit.mean_error:.2g} % for {part.fit.law.label}" for part in self.laws.values()
         )
         why = f"the mean error over all {len(self.runs)} runs is {errors} (Akaike weight {weights[name]:.2g})"
-        return name, self.laws[name], why if len(weights) > 1 else "the coupled law was not fitted"
+        return name, self.laws[name], why if len(weights) > 1 else "no other law was fitted"
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready: every approach with `intervals`, `bootstrap` and `bands`; `law` that predicts; cost, warnings."""
@@ -107,11 +110,12 @@ class ScalingFit:
         return {
             "approach2": _with_draws(self.approach2, two, self.level, bands2),
             **parametric,
-            "law": self.choose()[0] if self.additive else None,
+            "law": self.choose()[0] if self.laws else None,
             "cost": {"coefficient": self.cost.coefficient, "n_exponent": self.cost.n_exponent},
             "n_points": len(self.runs),
             "level": self.level,
             "seed": self.seed,
+            "seed_noise": self.seed_noise,
             "holdout_error_percent": _percent(self.additive.holdout_error) if self.additive else None,
             "warnings": list(self.warnings),
         }
@@ -136,16 +140,23 @@ def fit_frame(
     budget: str | None = "budget",
     run: str | None = None,
     delta: float = 1e-3,
+    method: str = "huber",
+    log: bool = True,
+    laws: Sequence[str] = ("approach3", "coupled"),
     bootstrap: int = 300,
+    seed_noise: float | Literal["replicates"] | None = None,
     seed: int = 0,
     level: Scalar = 0.95,
 ) -> ScalingFit:
     """Fit a ledger-like table, one row a run; `n` (parameters) to `run` name its columns (loss in nats per token).
 
-    budget: column of the nominal compute budget; None leaves approach 2 out. run: column that names a run, when a run
-    has several rows (checkpoints), so that the bootstrap draws runs. bootstrap: resamples (0 = no intervals). The same
-    table and seed give the same numbers. Raises UserError for what cannot be fitted at all; whatever else is doubtful
-    is in the warnings.
+    budget: column of the nominal compute budget; None leaves approach 2 out. run: column that names a run or a cluster
+    of runs, when one has several rows (checkpoints), so that the bootstrap draws clusters. method, log, delta: the
+    objective of approach 3 (`fit_approach3`). laws: which of `approach3` and `coupled` to fit. bootstrap: resamples (0
+    = no intervals). seed_noise: the runs stay and every draw of a parametric law gives them new normal noise of this
+    size around the law, in log loss, or of the size that "replicates" of equal n and d show. The same table and seed
+    give the same numbers. Raises UserError for what cannot be fitted at all; whatever else is doubtful is in the
+    warnings.
     """
     if not set(approaches) <= {2, 3} or not approaches:
         raise UserError(f"approaches: {list(approaches)}; choose from 2 and 3")
@@ -153,50 +164,85 @@ def fit_frame(
         raise UserError(f"level: {level}; give a probability between 0 and 1, such as 0.95")
     if bootstrap < 0:
         raise UserError(f"bootstrap: {bootstrap}; give the number of resamples, 0 for no intervals")
+    if isinstance(seed_noise, float) and not (math.isfinite(seed_noise) and seed_noise > 0):
+        raise UserError(f"seed noise: {seed_noise}; give its size in log loss, such as 0.005, or replicates")
     runs, words = clean(frame, n=n, d=d, loss=loss, flops=flops, budget=budget, run=run)
-    two = two_draws = additive = coupled = None
-    if 2 in approaches and budget is None:
-        if 3 not in approaches:
-            raise UserError("budget: no column named; approach 2 groups runs by their compute budget")
-        words.append("approach 2 left out: no budget column named")
-    elif 2 in approaches:
-        two = fit_approach2(runs)
-        two_draws = bootstrap_approach2(runs, bootstrap, np.random.default_rng([seed, 2])) if bootstrap else None
-    if 3 in approaches:
-        rest, largest = leave_largest_out(runs) if budget is not None else (None, None)
-        additive = _parametric(fit_approach3, runs, rest, largest, delta, bootstrap, [seed, 3])
-        if len(runs) > N_COUPLED:
-            coupled = _parametric(fit_coupled, runs, rest, largest, delta, bootstrap, [seed, 5])
-        else:
-            words.append(f"the coupled law left out: {len(runs)} runs, it needs at least {N_COUPLED + 1}")
-    cost, misfit = fit_cost(*(runs[c].to_numpy(float) for c in ("n", "d", "flops")))
+    try:
+        cost, misfit = fit_cost(*(runs[c].to_numpy(float) for c in ("n", "d", "flops")))
+    except UserError as error:  # mixed units are the usual cause
+        raise UserError("; ".join([str(error), *words])) from error
     if misfit > 0.1:
         words.append(
             f"FLOPs per token follow {cost.coefficient:.3g}·n^{cost.n_exponent:.3g} only to {100 * misfit:.0f} %: "
             "optimal allocations are that uncertain"
         )
-    return ScalingFit(runs, cost, float(level), seed, two, two_draws, additive, coupled, tuple(words))
+    words += group_words(runs)
+    noise = seed_scatter(runs)[0] if seed_noise == "replicates" else seed_noise
+    two = two_draws = additive = coupled = None
+    if 2 in approaches:
+        why = _no_budgets(runs)
+        if why and 3 not in approaches:
+            raise UserError(f"budget: {why}")
+        if why:
+            words.append(f"approach 2 left out: {why}")
+        else:
+            two = fit_approach2(runs)
+            two_draws = bootstrap_approach2(runs, bootstrap, np.random.default_rng([seed, 2])) if bootstrap else None
+    if 3 in approaches:
+        parts = leave_largest_out(runs)
+        options = {"delta": delta, "method": method, "log": log}
+
+        def part(fit: Callable[..., ParametricFit], number: int) -> Parametric:
+            return _parametric(partial(fit, **options), runs, parts, bootstrap, [seed, number], noise)
+
+        if "approach3" in laws:
+            additive = part(fit_approach3, 3)
+        if "coupled" in laws and method == "vp":
+            words.append("the coupled law left out: it is not linear in A and B, so there is nothing to project")
+        elif "coupled" in laws and len(runs) <= N_COUPLED and additive:
+            words.append(f"the coupled law left out: {len(runs)} runs, it needs at least {N_COUPLED + 1}")
+        elif "coupled" in laws:
+            coupled = part(fit_coupled, 5)
+    fit = ScalingFit(runs, cost, float(level), seed, two, two_draws, additive, coupled, tuple(words), noise)
+    if not fit.laws:
+        return fit
+    return replace(fit, warnings=(*words, *undertrained_words(runs, fit.choose()[1].fit.law, cost)))
 
 
-def leave_largest_out(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame] | tuple[None, None]:
-    """The runs without those of the largest budget, and those; None twice with fewer than three budgets or few runs."""
-    groups = by_budget(runs)
-    if len(groups) < 3:
-        return None, None
-    rest = pd.concat([rows for _, rows in groups[:-1]])
+def _no_budgets(runs: pd.DataFrame) -> str | None:
+    """Why approach 2 cannot be made at all, in words."""
+    if "budget" not in runs:
+        return "no column named; approach 2 groups runs by their compute budget"
+    if runs["budget"].nunique() == 1:
+        return f"one budget ({runs['budget'].iloc[0]}); an exponent needs two at least, and three to be checked"
+    return None
+
+
+def leave_largest_out(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame] | None:
+    """The runs without those of the largest budget, and those; None with fewer than three budgets or few runs.
+
+    Without a budget column: the fifth of the runs with the most FLOPs, and all that spent as much as the least of them.
+    """
+    if "budget" in runs:
+        groups = by_budget(runs)
+        if len(groups) < 3:
+            return None
+        rest, largest = pd.concat([rows for _, rows in groups[:-1]]), groups[-1][1]
+    else:
+        spent = runs["flops"].to_numpy(float)
+        top = spent >= np.sort(spent)[-max(len(spent) // 5, 1)] * (1 - 1e-6)
+        rest, largest = runs[~top], runs[top]
     if len(rest) <= N_COUPLED + 1 or min(rest[c].nunique() for c in ("n", "d", "loss")) < 3:
-        return None, None
-    return rest, groups[-1][1]
+        return None
+    return rest, largest
 
 
-def holdout_error(
-    fit: Callable[..., ParametricFit], rest: pd.DataFrame, largest: pd.DataFrame, delta: float = 1e-3
-) -> float:
+def holdout_error(fit: Callable[..., ParametricFit], rest: pd.DataFrame, largest: pd.DataFrame) -> float:
     """Relative error (root mean square of log ratios) on the runs `largest` of a `fit` to the others.
 
     The honest test of an extrapolation, made before it is used.
     """
-    law = fit(*(rest[c].to_numpy(float) for c in ("n", "d", "loss")), delta=delta).law
+    law = fit(*(rest[c].to_numpy(float) for c in ("n", "d", "loss"))).law
     predicted = law.loss(largest["n"].to_numpy(float), largest["d"].to_numpy(float))
     return float(np.sqrt(np.mean(np.log(largest["loss"].to_numpy(float) / predicted) ** 2)))
 
@@ -204,16 +250,15 @@ def holdout_error(
 def _parametric(
     fit: Callable[..., ParametricFit],
     runs: pd.DataFrame,
-    rest: pd.DataFrame | None,
-    largest: pd.DataFrame | None,
-    delta: float,
+    parts: tuple[pd.DataFrame, pd.DataFrame] | None,
     bootstrap: int,
     seed: list[int],
+    noise: float | None,
 ) -> Parametric:
-    found = fit(*(runs[c].to_numpy(float) for c in ("n", "d", "loss")), delta=delta)
-    draws = bootstrap_parametric(found, runs, bootstrap, np.random.default_rng(seed)) if bootstrap else None
-    error = holdout_error(fit, rest, largest, delta) if rest is not None and largest is not None else None
-    return Parametric(found, draws, error)
+    found = fit(*(runs[c].to_numpy(float) for c in ("n", "d", "loss")))
+    rng = np.random.default_rng(seed)
+    draws = bootstrap_parametric(found, runs, bootstrap, rng, seed_noise=noise) if bootstrap else None
+    return Parametric(found, draws, holdout_error(fit, *parts) if parts else None)
 
 
 def _percent(value: float | None) -> float | None:

@@ -89,7 +89,7 @@ def recommend(fit: ScalingFit, flops: Scalar) -> Recommendation:
     """
     check_flops(flops)
     two, words = fit.approach2, list[str]()
-    chosen = fit.choose()[1] if fit.additive else None
+    chosen = fit.choose()[1] if fit.laws else None
     why_not = _why_not_approach2(fit)
     n_two = float(two.n.at(flops)) if two and two.n else None
     n_three = float(optimal_allocation(chosen.fit.law, flops, fit.cost).n) if chosen else None

@@ -11,6 +11,9 @@ from llamax.errors import UserError
 
 FLOPS_PER_ND = (0.5, 500.0)  # training FLOPs over n·d: about 6 in most conventions; far outside, the units disagree
 
+TOKENS_PER_PARAM = (1e-3, 1e6)  # far outside any run that was made
+UNIT_GAP, HIGHEST_LOSS = 1e6, 15.0
+
 
 def read_table(path: str | Path) -> pd.DataFrame:
     """Read a CSV (.csv, .tsv) or Parquet (.parquet) file. Raises UserError naming the file and the fix."""
@@ -116,4 +119,16 @@ def _unit_words(table: pd.DataFrame) -> list[str]:
         )
     if table["n"].max() < 1000 or table["d"].max() < 1000:
         words.append("n or d never exceeds 1000: check the units (parameters and tokens, not millions or billions)")
+    ratio = (table["d"] / table["n"]).to_numpy()
+    if ratio.min() < TOKENS_PER_PARAM[0] or ratio.max() > TOKENS_PER_PARAM[1]:
+        words.append(
+            f"tokens per parameter run from {ratio.min():.3g} to {ratio.max():.3g}: check the units of n and d "
+            "(numbers, not billions)"
+        )
+    for name in ("n", "d", "flops"):
+        values = np.sort(table[name].to_numpy())
+        if len(values) > 1 and (values[1:] / values[:-1]).max() > UNIT_GAP:
+            words.append(f"{name} jumps by more than {UNIT_GAP:g} between two runs: check that all are in one unit")
+    if table["loss"].max() > HIGHEST_LOSS:
+        words.append(f"loss goes up to {table['loss'].max():.3g}: nats per token seldom pass 12; is it a perplexity?")
     return words

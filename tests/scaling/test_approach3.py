@@ -3,7 +3,8 @@ import pytest
 
 from llamax.errors import UserError
 from llamax.scaling import fit_approach3, optimal_allocation
-from llamax.scaling.approach3 import check_runs, huber_objective, refit, residual_scale
+from llamax.scaling.approach3 import check_runs, refit, residual_scale
+from llamax.scaling.centred import huber_objective
 
 from .published import chinchilla_runs, expected
 from .synthetic import CHINCHILLA, TINY, isoflop

@@ -19,8 +19,9 @@ from llamax.scaling import (
     predict,
     recommend,
 )
-from llamax.scaling.approach3 import huber_objective, refit, residual_scale
+from llamax.scaling.approach3 import refit, residual_scale
 from llamax.scaling.bootstrap import interval, loss_draws
+from llamax.scaling.centred import huber_objective
 
 from .published import chinchilla_runs
 from .synthetic import BENT, TINY, isoflop
@@ -99,7 +100,7 @@ def test_recovers_a_known_law(law):
 
 @pytest.mark.parametrize("law", [BENT, TINY])
 def test_without_its_prior_it_fits_at_least_as_well_as_approach_3_and_is_a_minimum(law, monkeypatch):
-    monkeypatch.setattr("llamax.scaling.solver.PRIOR_WIDTH", float("inf"))
+    monkeypatch.setattr("llamax.scaling.centred.PRIOR_WIDTH", float("inf"))
     runs = columns(quickstart(law, noise=0.01, seed=2))
     additive, fit = fit_approach3(*runs), fit_coupled(*runs)
     assert fit.objective <= additive.objective * (1 + 1e-9)
@@ -113,7 +114,7 @@ def test_without_its_prior_it_fits_at_least_as_well_as_approach_3_and_is_a_minim
 def test_the_prior_draws_gamma_towards_one_half_as_far_as_the_runs_scatter(monkeypatch):
     truth = replace(BENT, gamma=0.33)
     with monkeypatch.context() as free:
-        free.setattr("llamax.scaling.solver.PRIOR_WIDTH", float("inf"))
+        free.setattr("llamax.scaling.centred.PRIOR_WIDTH", float("inf"))
         alone = fit_coupled(*columns(quickstart(truth, noise=0.01, seed=1))).law.gamma
     drawn = fit_coupled(*columns(quickstart(truth, noise=0.01, seed=1))).law.gamma
     assert abs(np.log(drawn / 0.5)) < abs(np.log(alone / 0.5))
@@ -136,7 +137,7 @@ def test_the_published_chinchilla_runs_are_no_worse():
 
 
 def test_refit_with_weights_is_a_fit_of_repeated_rows(monkeypatch):
-    monkeypatch.setattr("llamax.scaling.solver.PRIOR_WIDTH", float("inf"))  # each fit weighs it by its own scatter
+    monkeypatch.setattr("llamax.scaling.centred.PRIOR_WIDTH", float("inf"))  # each fit weighs it by its own scatter
     n, d, loss = columns(quickstart(noise=0.01))
     counts = np.random.default_rng(3).multinomial(len(n), np.full(len(n), 1 / len(n)), size=4)
     laws, objectives = refit(fit_coupled(n, d, loss), n, d, loss, counts.astype(float))

@@ -1,0 +1,74 @@
+"""What a reader should know of the runs behind a fit, in words: schedules, repeats, undertraining, replicates."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from llamax.errors import UserError
+from llamax.scaling.laws import Cost, Law, optimal_allocation
+
+MOST_EPOCHS = 4.0  # beyond, a repeated token is worth visibly less than a new one (arXiv:2305.16264)
+UNDERTRAINED = 30.0  # tokens per parameter this many times below the optimum at the same compute
+FEW_GROUPS = 10
+
+
+def run_words(frame: pd.DataFrame, epochs: str | None = None) -> list[str]:
+    """Warnings from the columns of a ledger, or from an `epochs` column by another name."""
+    words = []
+    kinds = [c for c in frame if str(c).startswith("schedule.") and frame[c].nunique(dropna=True) > 1]
+    if "schedule.kind" in kinds:
+        names = ", ".join(sorted(map(str, frame["schedule.kind"].dropna().unique())))
+        words.append(f"mixed schedules ({names}): a law assumes runs that decayed alike; fit each kind alone")
+    column = epochs or "epochs"
+    if column in frame:
+        passes = pd.to_numeric(frame[column], errors="coerce").to_numpy(float)
+        if (repeated := passes > MOST_EPOCHS).any():
+            words.append(
+                f"repeated data: {int(repeated.sum())} of {len(frame)} runs saw their tokens more than "
+                f"{MOST_EPOCHS:g} times (up to {np.nanmax(passes):.1f}); --law repeated has a term for it"
+            )
+    if "status" in frame and (frame["status"].isin(["diverged", "unfinished"])).any():
+        words.append("some runs diverged or did not finish: leave them out")
+    return words
+
+
+def undertrained_words(runs: pd.DataFrame, law: Law, cost: Cost) -> list[str]:
+    """A warning where tokens per parameter lie far below the fitted optimum at the same compute."""
+    best = np.array([_ratio(law, c, cost) for c in runs["flops"]])
+    own = (runs["d"] / runs["n"]).to_numpy(float)
+    low = own * UNDERTRAINED < best
+    if not low.any():
+        return []
+    return [
+        f"undertrained: {int(low.sum())} of {len(runs)} runs have under 1/{UNDERTRAINED:g} of the fitted optimum's "
+        f"tokens per parameter at their compute (least {own.min():.2g}); fit again without them and compare"
+    ]
+
+
+def group_words(runs: pd.DataFrame) -> list[str]:
+    """A warning where a cluster bootstrap has few clusters to draw from."""
+    if "run" not in runs or (groups := runs["run"].nunique()) >= FEW_GROUPS:
+        return []
+    return [f"only {groups} groups: intervals from resampling so few are rough and usually too narrow"]
+
+
+def seed_scatter(runs: pd.DataFrame) -> tuple[float, int]:
+    """Noise between seeds: root mean square deviation of log loss inside cells of equal `n` and `d`, and its freedom.
+
+    Raises UserError where fewer than three degrees of freedom (replicates beyond the first of a cell) determine it.
+    """
+    cells = pd.DataFrame({c: np.round(np.log(runs[c].to_numpy(float)), 6) for c in ("n", "d")})
+    z = pd.Series(np.log(runs["loss"].to_numpy(float)))
+    deviation = z - z.groupby([cells["n"], cells["d"]]).transform("mean")
+    freedom = len(z) - cells.drop_duplicates().shape[0]
+    if freedom < 3:
+        raise UserError(
+            f"seed noise: {freedom} replicates of equal n and d; three are the least that can tell it, so give a number"
+        )
+    return float(np.sqrt((deviation**2).sum() / freedom)), int(freedom)
+
+
+def _ratio(law: Law, flops: Any, cost: Cost) -> float:
+    best = optimal_allocation(law, float(flops), cost)
+    return float(best.d / best.n)

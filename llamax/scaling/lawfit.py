@@ -1,0 +1,252 @@
+"""Any law of the registry fitted to a table of runs, with its bootstrap: the engine behind `llamax fit --law`."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import jax
+import numpy as np
+import pandas as pd
+
+from llamax.errors import UserError
+from llamax.scaling.bootstrap import as_list, interval, resample_counts
+from llamax.scaling.engine import Objective, Predict, Task
+from llamax.scaling.laws import plain
+from llamax.scaling.lawspec import LawSpec
+
+STARTS = 32
+
+
+@dataclass(frozen=True)
+class LawFit:
+    """A fitted law of the registry: its parameters by name, and what is needed to trust them or not.
+
+    Fields as in `ParametricFit`; data: the columns it was fitted to; u: the optimum in the engine's coordinates
+    (logarithms where the parameter has the log flag).
+    """
+
+    spec: LawSpec
+    task: Task
+    u: np.ndarray
+    objective: float
+    residuals: np.ndarray
+    starts: int
+    starts_at_best: int
+    start_ratios: tuple[float, float]
+    bounds_hit: tuple[str, ...]
+    condition: float
+    warnings: tuple[str, ...]
+
+    @property
+    def params(self) -> dict[str, float]:
+        """Parameters by name, of natural scale."""
+        return {name: float(v) for name, v in zip(self.spec.names, _natural(self.spec, self.u), strict=True)}
+
+    @property
+    def n_points(self) -> int:
+        return self.task.runs
+
+    def predict(self, frame: pd.DataFrame | Mapping[str, Any]) -> np.ndarray:
+        """The law's target at the columns of `frame`, `[runs]`."""
+        return self.spec.predict(self.params, frame)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values under the names that `ParametricFit.as_dict` uses."""
+        sums = self.task.objective
+        return {
+            "law": self.spec.name,
+            "formula": self.spec.formula,
+            "source": self.spec.source,
+            "params": {name: plain(value) for name, value in self.params.items()},
+            "objective": self.objective,
+            "objective_rule": sums.rule,
+            "method": sums.method,
+            "delta": sums.delta if sums.method == "huber" else None,
+            "n_points": self.n_points,
+            "starts": self.starts,
+            "starts_at_best": self.starts_at_best,
+            "starts_median_ratio": plain(self.start_ratios[0]),
+            "starts_worst_ratio": plain(self.start_ratios[1]),
+            "bounds_hit": list(self.bounds_hit),
+            "condition": plain(self.condition),
+            "warnings": list(self.warnings),
+        }
+
+
+@dataclass(frozen=True)
+class LawDraws:
+    """Bootstrap draws of a fitted law: parameters by name `[draws]`, and how many resamples had too few runs."""
+
+    params: dict[str, np.ndarray]
+    failed: int
+
+    def intervals(self, level: float = 0.95) -> dict[str, list[float] | None]:
+        """Percentile intervals by name."""
+        return {name: as_list(interval(draws, level)) for name, draws in self.params.items()}
+
+    def standard_errors(self) -> dict[str, float | None]:
+        """Standard deviations over the draws; None with fewer than ten."""
+        return {name: plain(np.std(v)) if len(v) >= 10 else None for name, v in self.params.items()}
+
+
+def fit_law(
+    spec: LawSpec,
+    frame: pd.DataFrame | Mapping[str, Any],
+    *,
+    method: str = "huber",
+    delta: float = 1e-3,
+    log: bool = True,
+    starts: int = STARTS,
+) -> LawFit:
+    """Fit any law to the columns it reads and its target, named as in the law.
+
+    method: huber, lad or mse, of log residuals or (`log=False`) of those in the target's unit; vp (for laws that are
+    linear in some parameters) minimises squares in the target's unit from starts whose linear parameters are solved
+    for. Deterministic. Raises UserError for missing columns, values that are not positive numbers, no more runs than
+    parameters, or a target that never varies.
+    """
+    data = spec.read(frame)
+    target = data.pop(spec.target)
+    if method == "vp":
+        if not spec.linear or spec.linear_in != "value":
+            raise UserError(f"method vp: law {spec.name} is linear in no parameter; use huber, lad or mse")
+        method, log = "mse", False
+    _check(spec, target)
+    sums = Objective(method, delta, log)
+    task = Task(_predictor(spec), data, target, spec.names, *_bounds(spec), sums)
+    points = _coordinates(spec, spec.starts(data, target, starts))
+    us, objectives = task.minimise(points)
+    u = us[int(np.argmin(objectives))]
+    residuals, jacobian = task.describe(u)
+    if not np.isfinite(residuals).all():
+        raise UserError(f"law {spec.name}: no start gives finite numbers on these columns; check their units")
+    norms = np.linalg.norm(jacobian, axis=0)
+    condition = float(np.linalg.cond(jacobian / np.where(norms > 0, norms, 1.0)))
+    objective = task.value(residuals)
+    finite = objectives[np.isfinite(objectives)]
+    at_best = int(np.sum(finite <= objective * (1 + 1e-4) + 1e-12))
+    least = finite.min() or 1.0
+    hit = task.bounds_hit(u)
+    return LawFit(
+        spec,
+        task,
+        u,
+        objective,
+        residuals,
+        len(points),
+        at_best,
+        (float(np.median(finite) / least), float(finite.max() / least)),
+        hit,
+        condition,
+        tuple(_words(spec, task.runs, len(points), at_best, hit, condition)),
+    )
+
+
+def bootstrap_law(
+    fit: LawFit, frame: pd.DataFrame, draws: int, rng: np.random.Generator, *, seed_noise: float | None = None
+) -> LawDraws:
+    """Refit on `draws` resamples of the runs, warm from the fit.
+
+    By cluster where `frame` has a `run` column, by stratum where it has `budget`. seed_noise: instead, every run stays
+    and every draw is the law with normal noise of that size in the logarithm.
+    """
+    target = None
+    if seed_noise is None:
+        counts = resample_counts(frame, draws, rng)
+    else:
+        counts = np.ones((draws, fit.task.runs))
+        target = fit.predict(frame) * np.exp(seed_noise * rng.normal(size=counts.shape))
+    enough = (counts > 0).sum(1) > len(fit.spec.names)
+    kept = counts[enough]
+    found = np.zeros((0, len(fit.spec.names)))
+    if len(kept):
+        found, _ = fit.task.minimise(np.tile(fit.u, (len(kept), 1)), kept, target=target)
+    return LawDraws(dict(zip(fit.spec.names, _natural(fit.spec, found).T, strict=True)), int(draws - len(kept)))
+
+
+def law_table(spec: LawSpec, frame: pd.DataFrame, named: Mapping[str, str]) -> tuple[pd.DataFrame, list[str]]:
+    """The columns a law reads, its target, and `run` and `budget` where named, under the law's own names; warnings.
+
+    `named` maps the law's names to those of the table; the others are looked for as they are. Rows with a missing value
+    are dropped and counted, as are repeats. Raises UserError naming the columns that are missing, or text in one.
+    """
+    wanted = [*spec.columns, spec.target]
+    missing = [name for name in wanted if named.get(name, name) not in frame]
+    if missing:
+        raise UserError(
+            f"law {spec.name}: it reads {', '.join(wanted)}; the table has no column for {', '.join(missing)}; name it "
+            f"with --column {missing[0]}=NAME (the table has {', '.join(map(str, frame.columns))})"
+        )
+    extra = [name for name in ("run", "budget") if named.get(name) in frame]
+    table = pd.DataFrame({name: frame[named.get(name, name)].to_numpy() for name in [*wanted, *extra]})
+    for name in wanted:
+        numbers = pd.to_numeric(table[name], errors="coerce")
+        if (text := numbers.isna() & table[name].notna()).any():
+            raise UserError(f"column {named.get(name, name)!r}: {table[name][text].iloc[0]!r} is not a number")
+        table[name] = numbers.astype(float)
+    words = []
+    keep = np.isfinite(table[wanted].to_numpy(float)).all(1) & table.notna().all(axis=1).to_numpy()
+    if not keep.all():
+        words.append(f"NaN rows dropped: {int((~keep).sum())} of {len(keep)} (missing or not finite)")
+    table = table[keep]
+    if (repeated := table.duplicated(wanted)).any():
+        words.append(
+            f"duplicated runs dropped: {int(repeated.sum())} rows repeat the numbers of another and are kept once"
+        )
+    return table[~repeated].reset_index(drop=True), words
+
+
+def _check(spec: LawSpec, target: np.ndarray) -> None:
+    count = len(spec.names)
+    if len(target) <= count:
+        raise UserError(
+            f"data: {len(target)} runs; law {spec.name} has {count} parameters, so give at least {count + 1} (three "
+            "times as many is sound)"
+        )
+    if np.ptp(target) <= 1e-12 * np.abs(target).max():
+        raise UserError(f"column {spec.target}: all {len(target)} values equal {target[0]:.6g}; nothing to fit")
+
+
+def _predictor(spec: LawSpec) -> Predict:
+    return _compiled(spec.loss, spec.names, tuple(p.log for p in spec.parameters))
+
+
+@lru_cache(maxsize=64)
+def _compiled(loss: Callable[..., Any], names: tuple[str, ...], logs: tuple[bool, ...]) -> Predict:
+    """One function object a law: the engine's compiled programs are found again by it."""
+
+    def predict(u: Any, data: Any, weights: Any, target: Any) -> Any:
+        values = {n: jax.numpy.exp(u[i]) if log else u[i] for i, (n, log) in enumerate(zip(names, logs, strict=True))}
+        return loss(values, data)
+
+    return predict
+
+
+def _bounds(spec: LawSpec) -> tuple[np.ndarray, np.ndarray]:
+    return tuple(_coordinates(spec, v[None])[0] for v in (spec.lower, spec.upper))  # type: ignore[return-value]
+
+
+def _coordinates(spec: LawSpec, params: np.ndarray) -> np.ndarray:
+    logs = np.array([p.log for p in spec.parameters])
+    return np.where(logs, np.log(np.where(logs, params, 1.0)), params)
+
+
+def _natural(spec: LawSpec, u: np.ndarray) -> np.ndarray:
+    logs = np.array([p.log for p in spec.parameters])
+    return np.where(logs, np.exp(np.where(logs, u, 0.0)), u)
+
+
+def _words(spec: LawSpec, runs: int, starts: int, at_best: int, hit: tuple[str, ...], condition: float) -> list[str]:
+    words, count = [], len(spec.names)
+    if runs < 3 * count:
+        words.append(f"only {runs} runs for {count} parameters: the fit follows noise")
+    if at_best == 1 and starts > 1:
+        words.append(f"only one of {starts} starts reached the best objective: it may not be the global minimum")
+    words += [f"{name} ran into its bound: these data do not determine it" for name in hit]
+    if condition > 1000:
+        words.append(
+            f"the parameters trade off against each other (condition number {condition:.3g}): trust predictions near "
+            "the data, not single parameters"
+        )
+    return words
