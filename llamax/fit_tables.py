@@ -18,6 +18,8 @@ def fit_tables(result: dict[str, Any]) -> list[Any]:
     shown: list[Any] = []
     if two := result.get("approach2"):
         shown += [_valleys(two), _parameters("Approach 2: N* = n_coefficient C^n_exponent, and D*", two, POWER_LAWS)]
+    if result.get("approaches") == [1]:
+        shown.append(_parameters("Approach 1: N* = n_coefficient C^n_exponent, and D*", result, POWER_LAWS))
     sections = [(name, result.get(key)) for name, key in (("chinchilla", "approach3"), ("coupled", "coupled"))]
     for name, record in sections:
         if record:
@@ -32,6 +34,9 @@ def fit_tables(result: dict[str, Any]) -> list[Any]:
         shown.append(Text(f"profile likelihood of {name}: 95 % within [{low}, {high}] (independent runs of one scale)"))
     if at := result.get("at"):
         shown += _answer(result, at)
+    elif "n_opt" in result:
+        at_optimum = ("n_opt", "d_opt", "tokens_per_param", "loss")
+        shown.append(_parameters("At the optimum of these FLOPs", {**result, "params": None}, at_optimum))
     return shown + [Text(f"warning: {word}", style="yellow") for word in result["warnings"]]
 
 

@@ -45,6 +45,7 @@ class FitOptions:
     approaches: tuple[int, ...] = ()
     law: str | None = None
     formula: str | None = None
+    vertex: str = "parabola"
     method: str = "huber"
     delta: float = 1e-3
     log: bool = True
@@ -76,7 +77,10 @@ def fit(
         str | None, typer.Option(help="A law of the registry; default chinchilla, compared with coupled.")
     ] = None,
     formula: Annotated[str | None, typer.Option(help="A law written out: 'E + A/n**alpha + B/d**beta'.")] = None,
-    approach: Annotated[list[int] | None, typer.Option(help="2 (valleys) or 3 (parametric); default both.")] = None,
+    approach: Annotated[
+        list[int] | None, typer.Option(help="1 (envelope), 2 (valleys) or 3 (parametric); default 2 and 3.")
+    ] = None,
+    vertex: Annotated[str, typer.Option(help="Of a valley of approach 2: parabola or akima.")] = "parabola",
     method: Annotated[str, typer.Option(help="huber, lad, mse, or vp (variable projection).")] = "huber",
     delta: Annotated[float, typer.Option(help="Huber threshold.")] = 1e-3,
     linear: Annotated[bool, typer.Option("--linear", help="Residuals in nats per token, not of log loss.")] = False,
@@ -100,6 +104,7 @@ def fit(
         approaches=tuple(sorted(set(approach or ()))),
         law=law,
         formula=formula,
+        vertex=vertex,
         method=method,
         delta=delta,
         log=not linear,
@@ -165,6 +170,8 @@ def fit_data(path: Path, options: FitOptions) -> dict[str, Any]:
         frame = read_table(path)
     columns = _columns(frame, options, words)
     words += run_words(frame, options.extra.get("epochs"))
+    if 1 in options.approaches:
+        return _fit_envelope(frame, columns, options, words)
     if options.formula is not None or (options.law is not None and options.law not in TABLE_LAWS):
         return _fit_registered(frame, columns, options, words)
     return _fit_table(frame, columns, options, words)
@@ -207,6 +214,7 @@ def _fit_table(
         approaches,
         **columns,  # type: ignore[arg-type]
         laws=(TABLE_LAWS[options.law],) if options.law else tuple(TABLE_LAWS.values()),
+        vertex=options.vertex,
         method=options.method,
         delta=options.delta,
         log=options.log,
@@ -296,16 +304,39 @@ def _at(fit: Any, result: dict[str, Any], flops: float, words: list[str]) -> dic
     }
 
 
+def _fit_envelope(
+    frame: pd.DataFrame, columns: dict[str, str | None], options: FitOptions, words: list[str]
+) -> dict[str, Any]:
+    """Approach 1, of a table with one row a point of a training curve; the group column names the run."""
+    from llamax.scaling import fit_approach1
+    from llamax.scaling.table import clean
+
+    if options.approaches != (1,) or options.group is None:
+        raise UserError("approach 1: give it alone, and the column that names a run as --group; each run is a curve")
+    runs, more = clean(frame, **(columns | {"budget": None}))  # type: ignore[arg-type]
+    found = fit_approach1(runs)
+    record = found.as_dict()
+    result = record | {"approaches": [1], "columns": columns, "intervals": {}}
+    if options.at is not None:
+        if found.n is None or found.d is None:
+            raise UserError("at: the envelope has no power laws to answer (see the warnings without --at)")
+        n, d = float(found.n.at(options.at)), float(found.d.at(options.at))
+        result |= {"n_opt": n, "d_opt": d, "tokens_per_param": d / n, "loss": None}
+    words = [*words, *more, *record["warnings"], "approach 1 has no intervals: the points of one curve are not runs"]
+    return result | {"warnings": list(dict.fromkeys(words))}
+
+
 def _fit_registered(
     frame: pd.DataFrame, columns: dict[str, str | None], options: FitOptions, words: list[str]
 ) -> dict[str, Any]:
     """Any other law of the registry, or a formula."""
     import numpy as np
 
+    from llamax.scaling.bootstrap import as_list, interval
     from llamax.scaling.lawfit import bootstrap_law, fit_law, law_table
     from llamax.scaling.registry import law
 
-    spec = law(options.formula or options.law or "")
+    spec = law(options.formula or options.law or "", columns=[*map(str, frame.columns), *options.extra])
     named = {**{role: name for role, name in columns.items() if name}, **options.extra}
     table, more = law_table(spec, frame, named)
     fit = fit_law(spec, table, method=options.method, delta=options.delta, log=options.log)
@@ -328,5 +359,15 @@ def _fit_registered(
 
         result["profile"] = {name: profile_law(fit, name).as_dict() for name in options.profile}
     if options.at is not None:
-        raise UserError(f"at: law {spec.name} has inputs besides n and d; --at answers for chinchilla and coupled")
+        from llamax.scaling import allocate
+
+        fixed = {name: float(np.median(table[name])) for name in spec.columns if name not in ("n", "d")}
+        best = allocate(spec, fit.params, options.at, fixed=fixed)
+        n, d = float(best.n), float(best.d)
+        result |= {"n_opt": n, "d_opt": d, "tokens_per_param": d / n, "loss": float(best.loss), "fixed": fixed}
+        words.append(f"at: 6·n·d FLOPs, the other inputs at their medians ({fixed})" if fixed else "at: 6·n·d FLOPs")
+        if options.bootstrap:
+            many = allocate(spec, draws.params, options.at, fixed=fixed)
+            values = {"n_opt": many.n, "d_opt": many.d, "tokens_per_param": many.d / many.n, "loss": many.loss}
+            result["intervals"] |= {name: as_list(interval(value)) for name, value in values.items()}
     return result | {"warnings": list(dict.fromkeys(words))}

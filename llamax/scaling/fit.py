@@ -139,6 +139,7 @@ def fit_frame(
     flops: str | None = "flops",
     budget: str | None = "budget",
     run: str | None = None,
+    vertex: str = "parabola",
     delta: float = 1e-3,
     method: str = "huber",
     log: bool = True,
@@ -151,7 +152,8 @@ def fit_frame(
     """Fit a ledger-like table, one row a run; `n` (parameters) to `run` name its columns (loss in nats per token).
 
     budget: column of the nominal compute budget; None leaves approach 2 out. run: column that names a run or a cluster
-    of runs, when one has several rows (checkpoints), so that the bootstrap draws clusters. method, log, delta: the
+    of runs, when one has several rows (checkpoints), so that the bootstrap draws clusters. vertex: of a valley of
+    approach 2, parabola or akima. method, log, delta: the
     objective of approach 3 (`fit_approach3`). laws: which of `approach3` and `coupled` to fit. bootstrap: resamples (0
     = no intervals). seed_noise: the runs stay and every draw of a parametric law gives them new normal noise of this
     size around the law, in log loss, or of the size that "replicates" of equal n and d show. The same table and seed
@@ -186,8 +188,8 @@ def fit_frame(
         if why:
             words.append(f"approach 2 left out: {why}")
         else:
-            two = fit_approach2(runs)
-            two_draws = bootstrap_approach2(runs, bootstrap, np.random.default_rng([seed, 2])) if bootstrap else None
+            two, rng = fit_approach2(runs, vertex), np.random.default_rng([seed, 2])
+            two_draws = bootstrap_approach2(runs, bootstrap, rng, vertex) if bootstrap else None
     if 3 in approaches:
         parts = leave_largest_out(runs)
         options = {"delta": delta, "method": method, "log": log}
