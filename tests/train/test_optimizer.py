@@ -332,7 +332,7 @@ def test_param_table_reads_stacks_experts_and_abstract_values():
     assert table["blocks.query"].view == (2, 8, 8)
     assert table["blocks.out"].view == (2, 8, 8)
     assert table["blocks.up"].view == (2 * 3, 8, 12)
-    assert table["blocks.router"][2:] == (("d_model", "experts"), "router", 1, 1)
+    assert table["blocks.router"][2:6] == (("d_model", "experts"), "router", 1, 1)
     assert table["blocks.norm"].view == (2, 8)
     assert table["embedding"].shape == table["embedding"].view[1:] == (6, 8)
     assert not table["bias"].is_matrix
