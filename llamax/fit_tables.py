@@ -34,6 +34,7 @@ def fit_tables(result: dict[str, Any]) -> list[Any]:
         shown.append(Text(f"profile likelihood of {name}: 95 % within [{low}, {high}] (independent runs of one scale)"))
     if at := result.get("at"):
         shown += _answer(result, at)
+        shown += _beyond(result)
     elif "n_opt" in result:
         at_optimum = ("n_opt", "d_opt", "tokens_per_param", "loss")
         shown.append(_parameters("At the optimum of these FLOPs", {**result, "params": None}, at_optimum))
@@ -102,6 +103,27 @@ def _answer(result: dict[str, Any], at: dict[str, Any]) -> list[Any]:
         shown.append(Text(f"recommended: N = {_number(advice['n'])}, D = {_number(advice['d'])} ({advice['rule']})"))
         span = _pair(claim["interval"])
         shown.append(Text(f"its loss: {claim['loss']:.4f} nats per token, one new run within {span}"))
+    return shown
+
+
+def _beyond(result: dict[str, Any]) -> list[Any]:
+    from rich.text import Text
+
+    shown: list[Any] = []
+    if served := result.get("served"):
+        shown.append(
+            Text(
+                f"served: N = {_number(served['n'])}, D = {_number(served['d'])}, {100 * served['saving']:.3g} % less "
+                f"than N*, D* in all ({served['rule']})"
+            )
+        )
+    if limited := result.get("limited"):
+        shown.append(
+            Text(
+                f"limited data: N = {_number(limited['n'])}, {limited['epochs']:.3g} epochs, loss "
+                f"{limited['loss']:.4f} ({limited['rule']})"
+            )
+        )
     return shown
 
 

@@ -54,6 +54,8 @@ class FitOptions:
     profile: tuple[str, ...] = ()
     seed: int = 0
     at: float | None = None
+    inference_tokens: float | None = None
+    unique_tokens: float | None = None
     count: str | None = None
     flop_count: str | None = None
 
@@ -91,6 +93,12 @@ def fit(
     profile: Annotated[list[str] | None, typer.Option(help="Profile likelihood of this parameter.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     at: Annotated[float | None, typer.Option(help="Recommend and predict at this many training FLOPs.")] = None,
+    inference_tokens: Annotated[
+        float | None, typer.Option(help="With --at: tokens the model will serve; the cheapest of that quality.")
+    ] = None,
+    unique_tokens: Annotated[
+        float | None, typer.Option(help="With --at: distinct tokens there are; the best N and epochs.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Fit scaling laws with intervals to a study or to any table of runs."""
@@ -113,6 +121,8 @@ def fit(
         profile=tuple(profile or ()),
         seed=seed,
         at=at,
+        inference_tokens=inference_tokens,
+        unique_tokens=unique_tokens,
         count=count,
         flop_count=flop_count,
     )
@@ -170,6 +180,8 @@ def fit_data(path: Path, options: FitOptions) -> dict[str, Any]:
         frame = read_table(path)
     columns = _columns(frame, options, words)
     words += run_words(frame, options.extra.get("epochs"))
+    if options.at is None and (options.inference_tokens is not None or options.unique_tokens is not None):
+        raise UserError("inference_tokens, unique_tokens: give the training FLOPs to answer at, --at")
     if 1 in options.approaches:
         return _fit_envelope(frame, columns, options, words)
     if options.formula is not None or (options.law is not None and options.law not in TABLE_LAWS):
@@ -260,6 +272,7 @@ def _fit_table(
     result |= {"n_points": len(fit.runs), "intervals": intervals, "standard_errors": errors}
     if options.at is not None:
         result |= _at(fit, result, options.at, words)
+        result |= _beyond(fit.laws[TABLE_LAWS[result["law"]]].fit.law if fit.laws else None, fit.cost, options)
     shared = {
         name: record[name] for name in ("cost", "level", "seed", "seed_noise", "approach2", "approach3", "coupled")
     }
@@ -304,6 +317,18 @@ def _at(fit: Any, result: dict[str, Any], flops: float, words: list[str]) -> dic
     }
 
 
+def _beyond(law: Any, cost: Any, options: FitOptions) -> dict[str, Any]:
+    """The answers for a model that is served and for scarce data, where they were asked for."""
+    from llamax.scaling import beyond_training
+
+    if options.inference_tokens is None and options.unique_tokens is None:
+        return {}
+    if law is None or options.at is None:
+        raise UserError("inference_tokens, unique_tokens: they need a parametric law; leave --approach out")
+    numbers = {"inference_tokens": options.inference_tokens, "unique_tokens": options.unique_tokens}
+    return beyond_training(law, options.at, cost=cost, **numbers)
+
+
 def _fit_envelope(
     frame: pd.DataFrame, columns: dict[str, str | None], options: FitOptions, words: list[str]
 ) -> dict[str, Any]:
@@ -336,6 +361,7 @@ def _fit_registered(
     from llamax.scaling.lawfit import bootstrap_law, fit_law, law_table
     from llamax.scaling.registry import law
 
+    _beyond(None, None, options)  # refused: these answers are of the laws of n and d
     spec = law(options.formula or options.law or "", columns=[*map(str, frame.columns), *options.extra])
     named = {**{role: name for role, name in columns.items() if name}, **options.extra}
     table, more = law_table(spec, frame, named)

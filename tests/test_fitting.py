@@ -17,7 +17,7 @@ import pytest
 from llamax.errors import UserError
 from llamax.fit_tables import fit_tables
 from llamax.fitting import FitOptions, fit_data
-from llamax.scaling import optimal_allocation
+from llamax.scaling import limited_allocation, optimal_allocation, served_allocation
 from tests.scaling.published import chinchilla_runs, expected
 from tests.scaling.synthetic import TINY, isoflop
 
@@ -245,3 +245,19 @@ def test_four_thousand_refits_in_twenty_seconds(tmp_path: Path) -> None:
     for name, value in check["reference"]["se"].items():
         assert result["standard_errors"][name] == pytest.approx(value, rel=check["tol_rel"]["se"]), name
     assert seconds < 20, seconds
+
+
+def test_served_models_and_scarce_data(tmp_path: Path) -> None:
+    options = {"law": "chinchilla", "bootstrap": 0}
+    result = fit(table(noise=0.0), tmp_path, at=1e13, inference_tokens=1e9, unique_tokens=1e6, **options)
+    wanted = served_allocation(TINY, 1e9, flops=1e13)
+    assert result["served"]["n"] == pytest.approx(wanted.n, rel=1e-2)
+    assert result["served"]["saving"] == pytest.approx(wanted.saving, rel=1e-2)
+    assert result["limited"]["epochs"] == pytest.approx(limited_allocation(TINY.as_dict(), 1e13, 1e6).epochs, rel=1e-2)
+    assert "served" not in fit(table(), tmp_path, at=1e13, **options)
+    with pytest.raises(UserError, match="give the training FLOPs to answer at"):
+        fit(table(), tmp_path, inference_tokens=1e9, **options)
+    with pytest.raises(UserError, match="they need a parametric law"):
+        fit(table(), tmp_path, at=1e13, inference_tokens=1e9, approaches=(2,), columns=NAMES, bootstrap=0)
+    with pytest.raises(UserError, match="they need a parametric law"):
+        fit(table(), tmp_path, at=1e13, unique_tokens=1e6, formula="E + A/n**alpha + B/d**beta", bootstrap=0)
