@@ -29,6 +29,7 @@ def sweep_plan(
 ) -> None:
     """Print every cell with its derived numbers and the rules that made them, before a FLOP is spent."""
     from llamax.config.sweep import load_sweep
+    from llamax.console import step_progress
     from llamax.sweep.packing import groups, parse_pack
     from llamax.sweep.plan import make_plan
     from llamax.sweep.process import cores
@@ -39,7 +40,8 @@ def sweep_plan(
     if (Path(sweep) / "plan.json").is_file():
         plan = read_study(Path(sweep))
     else:
-        plan = make_plan(load_sweep(sweep, overrides or []), corpus_tokens=corpus_tokens)
+        with step_progress() as progress:
+            plan = make_plan(load_sweep(sweep, overrides or []), corpus_tokens=corpus_tokens, progress=progress)
     if out is not None:
         open_study(out, plan)
     each = max(1, len(cores()) // max(1, workers))
@@ -62,6 +64,7 @@ def sweep_run(
 ) -> None:
     """Train the cells of a sweep; any number of these commands may race on one study."""
     from llamax.config.sweep import load_sweep
+    from llamax.console import step_progress
     from llamax.sweep.live import live
     from llamax.sweep.local import run_local
     from llamax.sweep.packing import parse_pack
@@ -74,7 +77,8 @@ def sweep_run(
     if not (path / "plan.json").is_file():
         spec = load_sweep(sweep, overrides or [])
         path = directory or Path("runs") / spec.name
-        open_study(path, make_plan(spec))
+        with step_progress() as progress:
+            open_study(path, make_plan(spec, progress=progress))
     with live() as watch:
         found = run_local(path, workers=workers, report=watch, retry_failed=retry_failed, pack=how)
     if as_json:
@@ -96,3 +100,55 @@ def sweep_status(study: StudyPath, as_json: Json = False) -> None:
         print_json(found)
     else:
         show(status_table(found))
+
+
+@app.command("next")
+def sweep_next(
+    study: StudyPath,
+    flops: Annotated[float | None, typer.Option(help="The budget; default goes on by the last ratio.")] = None,
+    target: Annotated[float | None, typer.Option(help="FLOPs where errors are counted; default the design's.")] = None,
+    add: Annotated[bool, typer.Option("--add", help="Add these runs to the study, for `sweep run`.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write them as a sweep of their own (YAML).")] = None,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """The next budget of a study, its sizes centred on what the finished runs say."""
+    from llamax.config.load import dump_yaml
+    from llamax.errors import UserError
+    from llamax.fitting import LEDGER_COLUMNS, usable_runs
+    from llamax.report.ledger import ledger
+    from llamax.sweep.design import ladder_of
+    from llamax.sweep.design_report import next_tables
+    from llamax.sweep.next import next_cells, next_spec, prior_of, propose, study_sizes
+    from llamax.sweep.study import add_cells, read_study
+    from llamax.train.files import write_atomic
+
+    for name, value in (("--flops", flops), ("--target", target)):
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"{name} {value}: give a positive number of training FLOPs")
+    plan = read_study(study)
+    runs, words = usable_runs(ledger(study))
+    runs = runs.rename(columns={column: name for name, column in LEDGER_COLUMNS.items()})
+    if "role" in runs:
+        runs = runs[runs["role"].isna() | (runs["role"] == "next")]
+    prior, noise, goal = prior_of(plan)
+    ladder = ladder_of(plan.spec, study_sizes(plan.spec))
+    found = propose(
+        runs[runs["budget"].notna()],
+        ladder,
+        plan.spec,
+        flops=flops,
+        target=target or goal,
+        prior=prior,
+        seed_noise=noise,
+        seed=seed,
+    )
+    if out is not None:
+        write_atomic(out, dump_yaml(next_spec(plan.spec, found, f"{plan.spec.name}-next")))
+    if add:
+        add_cells(study, next_cells(plan, found))
+    result = found.as_dict() | {"left_out": words, "added": add, "written": str(out) if out else None}
+    if as_json:
+        print_json(result)
+    else:
+        show(*next_tables(result))

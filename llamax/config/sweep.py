@@ -127,7 +127,62 @@ class Horizons(Frozen):
         return getattr(self, self.field)
 
 
-Axis = Annotated[Product | Zip | Isoflop | Ladder | Seeds | Horizons, Field(discriminator="kind")]
+class Prior(Frozen):
+    """L = E + (A / N^alpha + B / D^beta)^gamma, nats per token: the law believed before a study.
+
+    gamma = 1 is the Chinchilla law (arXiv:2203.15556). With another (arXiv:2502.08606) approach 3, which fits that law,
+    is wrong about the study, and the design shows by how much.
+    """
+
+    E: PositiveFloat
+    A: PositiveFloat
+    B: PositiveFloat
+    alpha: PositiveFloat
+    beta: PositiveFloat
+    gamma: PositiveFloat = 1.0
+
+
+class Design(Frozen):
+    """An isoFLOP study that llamax chooses: the budgets, sizes and seeds with the least expected error at a target.
+
+    `prior` is the law believed before the study: its parameters, or the JSON of `llamax fit --json` or fits.json.
+    `seed_noise` is the standard deviation of one run's log loss over seeds (0.003: 0.3 %). All runs of the sweep
+    together cost at most `total_flops` (6 N D). What is made least is the error of the predicted `loss` at
+    `target_flops`, or of the best size `n` there, by the named `approaches` (all are shown), and also where the best
+    sizes are `centre_factor` times smaller or larger than the prior's, because a prior is never right.
+
+    The other fields are what is tried: numbers of budgets, decades they span, sizes a budget, factors by which its
+    sizes reach to either side of the best, seeds a size. `sizes` is a ladder (its widths of four significant bits) or
+    a list of models; no run is longer than `max_tokens` or shorter than `min_steps` steps. `draws` simulated studies
+    check each of the best few.
+    """
+
+    kind: Literal["design"]
+    prior: Prior | str
+    seed_noise: Annotated[PositiveFloat, Field(le=0.5)]
+    total_flops: PositiveFloat
+    target_flops: PositiveFloat
+    minimize: Literal["loss", "n"] = "loss"
+    approaches: Annotated[tuple[Literal[2, 3], ...], Field(min_length=1)] = (2, 3)
+    centre_factor: Annotated[PositiveFloat, Field(ge=1, le=16)] = 1.5
+    sizes: str | Sizes = "ladder"
+    max_tokens: PositiveFloat | None = None
+    min_steps: PositiveInt = 100
+    budgets: Annotated[tuple[Annotated[int, Field(ge=2, le=12)], ...], Field(min_length=1)] = (3, 4, 5, 6)
+    decades: Amounts = (1.0, 1.5, 2.0, 3.0)
+    sizes_per_budget: Annotated[tuple[Annotated[int, Field(ge=3, le=20)], ...], Field(min_length=1)] = (
+        5,
+        6,
+        7,
+        8,
+        9,
+    )
+    width: Annotated[tuple[Annotated[PositiveFloat, Field(gt=1)], ...], Field(min_length=1)] = (2.0, 4.0, 8.0, 16.0)
+    replicates: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 3)
+    draws: Annotated[int, Field(ge=20)] = 100
+
+
+Axis = Annotated[Product | Zip | Isoflop | Ladder | Seeds | Horizons | Design, Field(discriminator="kind")]
 
 
 # ---------------------------------------------------------------- rules

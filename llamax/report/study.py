@@ -47,7 +47,8 @@ class Study:
     def held_out(self) -> pd.Series | None:
         """The row of the run the prediction is about, if it has been started."""
         runs, claim = self.runs, self.prediction
-        extra = {str(c.get("name")) for c in self.plan.get("cells") or () if isinstance(c, dict) and c.get("extra")}
+        cells = [c for c in self.plan.get("cells") or () if isinstance(c, dict) and c.get("extra")]
+        extra = {str(c.get("name")) for c in cells if (c.get("tags") or {}).get("role") != "next"}
         if claim.get("run") is not None:
             hit = runs["run"].eq(str(claim["run"])) | runs["name"].eq(str(claim["run"]))
         elif "role" in runs and runs["role"].isin(HELD_OUT).any():

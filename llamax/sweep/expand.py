@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llamax.config.merge import parse_override
-from llamax.config.sweep import Axis, Horizons, Isoflop, Ladder, Product, Seeds, SweepConfig, Zip
+from llamax.config.sweep import Axis, Design, Horizons, Isoflop, Ladder, Product, Seeds, SweepConfig, Zip
 from llamax.errors import UserError
 
 
@@ -60,6 +60,8 @@ def axis_points(axis: Axis) -> list[Point]:
         case Horizons():
             own = (("schedule.kind", "wsd"), ("schedule.decay", axis.decay), ("checkpoint.branch_steps", ()))
             return [Point(number(value), ((f"train.{axis.field}", value), *own), {}) for value in axis.values]
+        case Design():
+            raise UserError("axes: a design has no cells until its axes are chosen; `llamax sweep plan` does")
 
 
 def unique(points: Sequence[Point]) -> list[Point]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from llamax.accounting import horizon, memory_bytes
 from llamax.config.load import load_run, run_from_data, validate
 from llamax.config.merge import apply_override
 from llamax.config.run import RunConfig
-from llamax.config.sweep import Horizons, Rules, SweepConfig
+from llamax.config.sweep import Design, Horizons, Rules, SweepConfig
 from llamax.errors import UserError
 from llamax.sweep.expand import Point, expand, safe
 from llamax.sweep.rules import resolve
@@ -80,13 +80,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """The cells of a sweep in order, the rules all of them share, and warnings in words."""
+    """The cells of a sweep in order, the rules all of them share, and warnings in words.
+
+    `design` says how the axes were chosen, where llamax chose them (see sweep/design.py); `spec` then has those axes.
+    """
 
     spec: SweepConfig
     cells: tuple[Cell, ...]
     rules: Mapping[str, str]
     warnings: tuple[str, ...]
     corpus_tokens: int | None = None
+    design: Mapping[str, Any] | None = None
 
     @property
     def totals(self) -> dict[str, float]:
@@ -114,6 +118,7 @@ class Plan:
             "warnings": list(self.warnings),
             "corpus_tokens": self.corpus_tokens,
             "totals": self.totals,
+            "design": self.design,
             "spec": self.spec.as_dict(),
         }
 
@@ -124,22 +129,28 @@ def make_plan(
     corpus_tokens: int | None = None,
     throughput: Throughput | None = None,
     devices: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Plan:
-    """Expands a sweep into costed cells. Trains nothing, imports no JAX.
+    """Expands a sweep into costed cells. Trains nothing, imports no JAX. A `design` axis is chosen first.
 
     Args:
         corpus_tokens: tokens of the training split, for epochs (None: unknown).
         throughput: how fast one worker is (None: `throughput.guess()`).
         devices: devices of one worker's mesh, to check that the batch divides (None: fixed mesh sizes alone count).
+        progress: told (what, done, of how many) while a design is chosen.
 
     Raises:
         UserError: an invalid cell (named), or axes and rules that set one field twice.
     """
-    speed = throughput or guess()
+    speed, design = throughput or guess(), None
+    if any(isinstance(axis, Design) for axis in spec.axes):
+        from llamax.sweep.design import resolve_design
+
+        spec, design = resolve_design(spec, progress)
     cells = tuple(cell for point in expand(spec) for cell in _cells(spec, point, corpus_tokens, speed))
     rules = _shared_rules(speed, corpus_tokens) | (RULES if spec.horizons else {})
     warnings = warnings_of(spec, cells, devices)
-    return Plan(spec, cells, rules, warnings, corpus_tokens)
+    return Plan(spec, cells, rules, warnings, corpus_tokens, design)
 
 
 def make_cell(
@@ -272,7 +283,7 @@ def load_plan(path: Path) -> Plan:
         data = json.loads(path.read_text(encoding="utf-8"))
         cells = tuple(_cell_from(row, path) for row in data["cells"])
         spec = validate(SweepConfig, data["spec"], str(path))
-        return Plan(spec, cells, data["rules"], tuple(data["warnings"]), data["corpus_tokens"])
+        return Plan(spec, cells, data["rules"], tuple(data["warnings"]), data["corpus_tokens"], data.get("design"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such plan; start the study with `llamax sweep run`") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -62,6 +62,17 @@ def planned_tokens(train: TrainConfig, n: int) -> float:
     return float((train.steps or 0) * train.batch_size * train.seq_len)
 
 
+def whole_steps(train: TrainConfig, rules: Rules, n: int, flops: float) -> tuple[int, int]:
+    """Steps and tokens of a cell of `n` parameters with a budget of `flops`: what `resolve` and `horizon` come to."""
+    tokens, batch = flops / (6 * n), train.batch_size
+    if rules.batch is not None:
+        batch = _batch(rules.batch, tokens, train.seq_len)[0]
+    if rules.min_steps is not None:
+        batch = _lowered(batch, rules, tokens, train.seq_len)
+    steps = round(tokens / (batch * train.seq_len))
+    return steps, steps * batch * train.seq_len
+
+
 def _lr(rule: FixedLr | PowerLr, n: int, d: float) -> tuple[float, str]:
     if isinstance(rule, FixedLr):
         return rule.value, f"lr = {rule.value:g}, fixed"

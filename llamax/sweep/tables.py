@@ -20,10 +20,11 @@ def plan_tables(plan: Plan, workers: int = 1, groups: Sequence[Group] = ()) -> l
     """What a plan prints: the cells, their FLOPs under each convention, groups, the rules, totals, warnings."""
     from rich.text import Text
 
+    from llamax.sweep.design_report import design_tables
     from llamax.sweep.throughput import wall_seconds
 
     columns = ("cell", "N", "D", "D/N", "batch", "steps", "lr", "epochs", "memory", "time")
-    sizes = _table(*columns, title=f"Plan {plan.spec.name}")
+    sizes = plain_table(*columns, title=f"Plan {plan.spec.name}")
     for c in plan.cells:
         epochs = "?" if c.epochs is None else f"{c.epochs:.3g}"
         shape = f"{c.batch}x{c.config.train.seq_len}"
@@ -31,7 +32,7 @@ def plan_tables(plan: Plan, workers: int = 1, groups: Sequence[Group] = ()) -> l
         sizes.add_row(*row, si(c.memory_bytes, "B"), duration(c.seconds))
     conventions = list(plan.cells[0].flops) if plan.cells else []
     trained = ["trained 6n"] if plan.trunks else []
-    flops = _table("cell", *conventions, *trained, title="Training FLOPs by convention")
+    flops = plain_table("cell", *conventions, *trained, title="Training FLOPs by convention")
     for c in plan.cells:
         own = [f"{c.trained_flops('6n'):.3e}"] if trained else []
         flops.add_row(c.name, *(f"{c.flops[name]:.3e}" for name in conventions), *own)
@@ -53,7 +54,8 @@ def plan_tables(plan: Plan, workers: int = 1, groups: Sequence[Group] = ()) -> l
     lines.append(Text(totals, style="bold"))
     if plan.trunks:
         lines.append(Text(saving(plan.totals["flops_6n"], plan.totals["separate_flops_6n"])))
-    return [sizes, flops, *lines, *(Text(f"warning: {w}", style="yellow") for w in plan.warnings)]
+    designed = design_tables(plan.design) if plan.design else []
+    return [*designed, sizes, flops, *lines, *(Text(f"warning: {w}", style="yellow") for w in plan.warnings)]
 
 
 def _population_lines(groups: Sequence[Group]) -> list[Text]:
@@ -82,7 +84,7 @@ def status_table(state: Mapping[str, Any], most: int | None = None) -> Table:
     counts = ", ".join(f"{n} {name}" for name, n in state["counts"].items() if n)
     left = f", about {duration(state['seconds_left'])} left" if state["left"] else ""
     columns = ("cell", "state", "step", "loss", "tokens/s", "time", "left", "note")
-    table = _table(*columns, title=f"{state['study']}: {counts}{left}")
+    table = plain_table(*columns, title=f"{state['study']}: {counts}{left}")
     rows = list(state["cells"])
     if most is not None and len(rows) > most:
         order = {"running": 0, "failed": 1, "diverged": 2, "pending": 3, "done": 4}
@@ -119,7 +121,8 @@ def duration(seconds: float | None) -> str:
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
 
 
-def _table(*columns: str, title: str) -> Table:
+def plain_table(*columns: str, title: str) -> Table:
+    """An empty table in the style of all of them: first column left, numbers right."""
     from rich import box
     from rich.table import Table
 
