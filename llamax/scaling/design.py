@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from llamax.scaling.approach2 import PowerLaw, fit_power_law
+from llamax.scaling.approach2 import Frontier, PowerLaw, fit_power_law
 from llamax.scaling.approach3 import fit_approach3, refit
-from llamax.scaling.frontiers import Frontiers, fit_frontiers, parabola
+from llamax.scaling.bootstrap import frontier_draws
 from llamax.scaling.laws import ChinchillaLaw, Cost, Law, Scalar, optimal_allocation
+from llamax.scaling.parabolas import parabola
 
 APPROACHES = (2, 3)
 DELTA = 1e-3  # of approach 3, as `fit_approach3` has it
@@ -291,26 +292,27 @@ def _expect_valleys(truth: Law, runs: Runs, noise: float, target: float, cost: C
     n = float(weight @ vertex) - math.log(best.n), float(np.sqrt(weight**2 @ var_vertex))
     if len(height) < 3:
         return Errors(*n, math.inf, math.inf)
-    frontier = fit_frontiers(np.exp(log_c), height[None])
-    if not np.isfinite(frontier.E[0]):
+    frontier = frontier_draws(log_c, height[None])
+    loss = np.ravel(frontier.loss(target))[0]
+    if not (np.isfinite(loss) and np.all(np.diff(height) < 0)):
         return Errors(*n, math.inf, math.inf)
-    loss = float(frontier.loss(target)[0])
-    pull = _frontier_pull(frontier, np.exp(log_c), height, target)
-    return Errors(*n, math.log(loss / best.loss), float(np.sqrt(pull**2 @ var_height)) / loss)
+    pull = _frontier_pull(frontier, log_c, height, target)
+    return Errors(*n, math.log(loss / best.loss), float(np.sqrt(pull**2 @ var_height) / loss))
 
 
-def _frontier_pull(found: Frontiers, c: np.ndarray, height: np.ndarray, target: float) -> np.ndarray:
+def _frontier_pull(found: Frontier, log_c: np.ndarray, height: np.ndarray, target: float) -> np.ndarray:
     """Derivative of the frontier's loss at the target by each height: a weighted least-squares fit, linearised."""
-    floor, gamma = float(found.E[0]), float(found.gamma[0])
-    size, middle = float(found.scaled[0]), found.scale
+    floor, size, gamma = (float(np.ravel(v)[0]) for v in (found.E, found.K, found.gamma))
+    middle = float(log_c.mean())
+    scaled = size * math.exp(-gamma * middle)
 
-    def slopes(flops: Any) -> np.ndarray:
-        power = (flops / middle) ** -gamma
-        return np.stack([np.ones_like(power), power, -size * np.log(flops / middle) * power], axis=-1)
+    def slopes(log_flops: Any) -> np.ndarray:
+        power = np.exp(-gamma * (log_flops - middle))
+        return np.stack([np.ones_like(power), power, -scaled * (log_flops - middle) * power], axis=-1)
 
     free = slice(0 if floor > 0 else 1, None)  # E at its bound does not move
-    rows = (slopes(c) / height[:, None])[:, free]
-    return (slopes(np.array(target))[free] @ np.linalg.pinv(rows)) / height
+    rows = (slopes(log_c) / height[:, None])[:, free]
+    return (slopes(np.array(math.log(target)))[free] @ np.linalg.pinv(rows)) / height
 
 
 def _valley_answers(runs: Runs, losses: np.ndarray, target: Scalar, cost: Cost) -> tuple[np.ndarray, np.ndarray]:
@@ -319,7 +321,7 @@ def _valley_answers(runs: Runs, losses: np.ndarray, target: Scalar, cost: Cost) 
     valid = np.stack([v.interior for v in found], axis=1)
     line: PowerLaw = fit_power_law(log_c, np.stack([v.vertex for v in found], axis=1), valid)
     heights = np.where(valid, np.stack([v.height for v in found], axis=1), np.nan)
-    return line.at(target), fit_frontiers(np.exp(log_c), heights).loss(target)
+    return line.at(target), np.asarray(frontier_draws(log_c, heights).loss(target))
 
 
 def _middle(errors: Float[np.ndarray, "draws"]) -> tuple[float, float]:
