@@ -18,6 +18,9 @@ from llamax.config.run import HORIZONS, RunConfig
 Values = Annotated[tuple[Any, ...], Field(min_length=1)]
 Sizes = Annotated[tuple[str, ...], Field(min_length=1)]
 Amounts = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
+BudgetCounts = Annotated[tuple[Annotated[int, Field(ge=2, le=12)], ...], Field(min_length=1)]
+SizeCounts = Annotated[tuple[Annotated[int, Field(ge=3, le=20)], ...], Field(min_length=1)]
+Reaches = Annotated[tuple[Annotated[PositiveFloat, Field(gt=1)], ...], Field(min_length=1)]
 
 
 # ---------------------------------------------------------------- axes
@@ -168,16 +171,10 @@ class Design(Frozen):
     sizes: str | Sizes = "ladder"
     max_tokens: PositiveFloat | None = None
     min_steps: PositiveInt = 100
-    budgets: Annotated[tuple[Annotated[int, Field(ge=2, le=12)], ...], Field(min_length=1)] = (3, 4, 5, 6)
+    budgets: BudgetCounts = (3, 4, 5, 6)
     decades: Amounts = (1.0, 1.5, 2.0, 3.0)
-    sizes_per_budget: Annotated[tuple[Annotated[int, Field(ge=3, le=20)], ...], Field(min_length=1)] = (
-        5,
-        6,
-        7,
-        8,
-        9,
-    )
-    width: Annotated[tuple[Annotated[PositiveFloat, Field(gt=1)], ...], Field(min_length=1)] = (2.0, 4.0, 8.0, 16.0)
+    sizes_per_budget: SizeCounts = (5, 6, 7, 8, 9)
+    width: Reaches = (2.0, 3.0, 4.0, 6.0, 8.0, 16.0)
     replicates: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 3)
     draws: Annotated[int, Field(ge=20)] = 100
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from llamax.cli import main
 from llamax.config.load import validate
 from llamax.config.sweep import Isoflop, SweepConfig, load_sweep
 from llamax.errors import UserError
@@ -37,6 +38,7 @@ def spec_of(*budgets: float, sizes: tuple[str, ...] = ("ladder/d64", "ladder/d12
     return validate(SweepConfig, {"name": "s", "base": BASE, "axes": axes, **more}, "test")
 
 
+Command = Callable[..., tuple[int, str, str]]
 SPEC = spec_of(1e13)
 LADDER = ladder_of(SPEC, "ladder")
 
@@ -128,23 +130,28 @@ def test_the_spec_of_the_next_budget_keeps_the_rest() -> None:
     assert {cell.tokens for cell in cells} == set(found.tokens)
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", "from llamax.cli import main; main()", "sweep", "next", *arguments],
-        capture_output=True,
-        text=True,
-    )
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """command("DIR", ...) runs `llamax sweep next DIR ...` here; its exit code, output and errors."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["llamax", "sweep", "next", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    return run
 
 
-def test_the_command_extends_a_study_from_its_ledger(tmp_path: Path) -> None:
+def test_the_command_extends_a_study_from_its_ledger(tmp_path: Path, command: Command) -> None:
     study = tmp_path / "study"
     sizes = ("ladder/d32", "ladder/d48", "ladder/d64", "ladder/d96", "ladder/d128")
     plan = open_study(study, make_plan(spec_of(1e12, 4e12, sizes=sizes), devices=1))
     assert finish(study, plan, TINY.loss, noise=0.001) == 10
     out = tmp_path / "next.yaml"
-    found = command(str(study), "--add", "--out", str(out), "--json")
-    assert found.returncode == 0, found.stderr
-    result = json.loads(found.stdout)
+    code, text, errors = command(str(study), "--add", "--out", str(out), "--json")
+    assert code == 0, errors
+    result = json.loads(text)
     assert result["flops"] == 1.6e13
     best = float(optimal_allocation(TINY, 1.6e13).n)
     assert 1 / STEP < result["n_opt"] / best < STEP
@@ -155,16 +162,16 @@ def test_the_command_extends_a_study_from_its_ledger(tmp_path: Path) -> None:
     assert isinstance(spec.axes[0], Isoflop)
     assert list(spec.axes[0].sizes) == result["sizes"]
     again = command(str(study), "--add", "--json", "--flops", "1.6e13")
-    assert json.loads(again.stdout)["sizes"] == result["sizes"], "the same command adds nothing new"
+    assert json.loads(again[1])["sizes"] == result["sizes"], "the same command adds nothing new"
     assert len(read_study(study).cells) == len(plan.cells) + len(added)
     finish(study, read_study(study), TINY.loss, noise=0.001, seed=1)
-    shown = command(str(study), "--target", "1e15")
-    assert shown.returncode == 0, shown.stderr
-    assert "those finished" in shown.stdout
-    assert "6.4e13" in shown.stdout
+    code, text, errors = command(str(study), "--target", "1e15")
+    assert code == 0, errors
+    assert "those finished" in text
+    assert "6.4e13" in text
     assert load_study(study).held_out is None, "runs of the next budget are fitted, not predicted"
-    assert command(str(study), "--flops", "-1").stderr.startswith("error: --flops -1.0")
-    assert command(str(tmp_path / "nowhere")).returncode == 2
+    assert command(str(study), "--flops", "-1")[2].startswith("error: --flops -1.0")
+    assert command(str(tmp_path / "nowhere"))[0] == 2
 
 
 def test_tables_fit_a_hundred_columns() -> None:
