@@ -66,7 +66,7 @@ def whole_steps(train: TrainConfig, rules: Rules, n: int, flops: float) -> tuple
     """Steps and tokens of a cell of `n` parameters with a budget of `flops`: what `resolve` and `horizon` come to."""
     tokens, batch = flops / (6 * n), train.batch_size
     if rules.batch is not None:
-        batch = _batch(rules.batch, tokens, train.seq_len)[0]
+        batch = _batch(_as_power(rules.batch), tokens, train.seq_len)[0]
     if rules.min_steps is not None:
         batch = _lowered(batch, rules, tokens, train.seq_len)
     steps = round(tokens / (batch * train.seq_len))
