@@ -118,7 +118,7 @@ def resolve_design(spec: SweepConfig, progress: OnProgress | None = None) -> tup
     designs = [axis for axis in spec.axes if isinstance(axis, Design)]
     if not designs:
         return spec, None
-    if len(designs) > 1 or any(isinstance(axis, Isoflop | Seeds) or axis.kind == "ladder" for axis in spec.axes):
+    if len(designs) > 1 or any(axis.kind in ("isoflop", "ladder", "seeds", "horizons") for axis in spec.axes):
         raise UserError(f"sweep {spec.name}: a design chooses budgets, sizes and seeds; drop the other axes that do")
     design, where = designs[0], f"sweep {spec.name}: design"
     others = [len(axis_points(axis)) for axis in spec.axes if axis is not design]
