@@ -3,6 +3,7 @@
 model, config = llamax.load("runs/tiny")      # logits = model(tokens), [batch, seq, vocab]; or a Hugging Face folder
 llamax.export_hf(model, config, "folder")     # config.json and safetensors that transformers loads
 runs = llamax.ledger("runs")                  # a pandas DataFrame, one row a run
+llamax.ablation_runs("runs/study")            # the runs of an ablation, for llamax.scaling.ablation
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from llamax.hub.convert import load
     from llamax.hub.export import export_hf
     from llamax.hub.load import load_hf
+    from llamax.report.ablation import ablation_runs
     from llamax.report.ledger import curves, ledger
 
 try:
@@ -23,13 +25,14 @@ try:
 except PackageNotFoundError:  # run from a checkout that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["UserError", "__version__", "curves", "export_hf", "ledger", "load", "load_hf"]
+__all__ = ["UserError", "__version__", "ablation_runs", "curves", "export_hf", "ledger", "load", "load_hf"]
 
 # Resolved on first use: importing llamax must not import JAX or pandas.
 _LAZY = {
     "load": "llamax.hub.convert",
     "load_hf": "llamax.hub.load",
     "export_hf": "llamax.hub.export",
+    "ablation_runs": "llamax.report.ablation",
     "ledger": "llamax.report.ledger",
     "curves": "llamax.report.ledger",
 }

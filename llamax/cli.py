@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from llamax import converting, curving, fitting, generating, predicting, profiling, studying, sweeping
+from llamax import ablating, converting, curving, fitting, generating, predicting, profiling, studying, sweeping
 from llamax.console import Json, Overrides, StudyPath
 from llamax.console import emit as _emit
 from llamax.console import print_json as _print_json
@@ -28,6 +28,7 @@ model_app = typer.Typer(no_args_is_help=True, help="The shipped models and what 
 config_app = typer.Typer(no_args_is_help=True, help="Show configs, or their JSON Schema.")
 app.add_typer(sweeping.app, name="sweep")
 app.add_typer(studying.app, name="study")
+app.add_typer(ablating.app, name="ablate")
 app.add_typer(data_app, name="data")
 app.add_typer(model_app, name="model")
 app.add_typer(config_app, name="config")

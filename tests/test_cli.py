@@ -82,7 +82,8 @@ def test_answers_at_once(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "verb",
-    ["quickstart", "train", "eval", "profile", "sweep plan", "sweep run", "sweep status", "fit", "report", "ledger",
+    ["quickstart", "train", "eval", "profile", "sweep plan", "sweep run", "sweep status",
+     "ablate plan", "ablate run", "ablate report", "fit", "report", "ledger",
      "diff", "export",
      "data build", "data inspect", "model list", "model show", "config show", "config schema", "doctor"],
 )  # fmt: skip

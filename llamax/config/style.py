@@ -40,13 +40,13 @@ def styled(model: Mapping[str, Any], style: str, size: Mapping[str, Any]) -> dic
         "max_seq_len": model.get("max_seq_len", size["max_seq_len"]),
     }
     first, pattern = (
-        _resolved(data.get(name, [{}] * (name == "pattern")), known, where) for name in ("first", "pattern")
+        resolve_rules(data.get(name, [{}] * (name == "pattern")), known, where) for name in ("first", "pattern")
     )
     whole, part = divmod(max(layers - len(first), 1), len(pattern))
     runs = [(1, first), (1, pattern[len(pattern) - part :]), (whole, pattern)]
     segments = [{"repeat": repeat, "unit": unit} for repeat, unit in runs if repeat and unit]
     kept = {name: model[name] for name in KEPT if name in model}
-    return {**kept, **_resolved(data["model"], known, where), "segments": segments}
+    return {**kept, **resolve_rules(data["model"], known, where), "segments": segments}
 
 
 @lru_cache
@@ -54,14 +54,18 @@ def _read(style: str) -> dict[str, Any]:
     return read_yaml(find("styles", style, "style"))
 
 
-def _resolved(node: Any, known: Mapping[str, int], where: str) -> Any:
-    """`node` with every rule in it replaced by its number."""
+def resolve_rules(node: Any, known: Mapping[str, int], where: str) -> Any:
+    """`node` with every rule in it replaced by its number; `known` are the quantities a rule may be `of`.
+
+    Raises:
+        UserError: a rule that is none, or of an unknown quantity.
+    """
     if isinstance(node, Mapping) and "of" in node:
         return _number(node, known, where)
     if isinstance(node, Mapping):
-        return {key: _resolved(value, known, f"{where}: {key}") for key, value in node.items()}
+        return {key: resolve_rules(value, known, f"{where}: {key}") for key, value in node.items()}
     if isinstance(node, Sequence) and not isinstance(node, str):
-        return [_resolved(value, known, where) for value in node]
+        return [resolve_rules(value, known, where) for value in node]
     return node
 
 

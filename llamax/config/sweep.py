@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from llamax.config.ablate import Ablate
 from llamax.config.base import Frozen
 from llamax.config.files import find, read_yaml
 from llamax.config.load import validate
@@ -249,12 +250,14 @@ class SweepConfig(Frozen):
 
     `base` is a shipped train config, a YAML path or an inline mapping; `overrides` (a.b.c=value) apply to every cell.
     `optimum_tokens_per_param` is where the best size of a budget is expected; the plan warns when no size brackets it.
+    With `ablate`, each cell is the base of an ablation: its variants and its seeds take its place (see `Ablate`).
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
     base: str | dict[str, Any]
     overrides: tuple[str, ...] = ()
     axes: tuple[Axis, ...] = ()
+    ablate: Ablate | None = None
     rules: Rules = Rules()
     optimum_tokens_per_param: PositiveFloat = 20.0
 
@@ -266,6 +269,8 @@ class SweepConfig(Frozen):
                 f"axes of kind {' and '.join(kinds)} all set the horizon; keep the horizons axis alone and "
                 "give sizes as {kind: product, fields: {model: [...]}}"
             )
+        if "horizons" in kinds and self.ablate is not None:
+            raise ValueError("ablate and a horizons axis do not go together; ablate one horizon at a time")
         return self
 
     @property

@@ -38,9 +38,9 @@ def write_report(
     return _write(study.path / "report.html", page)
 
 
-def to_html(name: str, parts: tuple[Section, ...]) -> str:
-    """The page. Every text that comes from data is escaped."""
-    title = f"Scaling study: {escape(name)}"
+def to_html(name: str, parts: tuple[Section, ...], kind: str = "Scaling study") -> str:
+    """The page, titled "kind: name". Every text that comes from data is escaped."""
+    title = f"{kind}: {escape(name)}"
     links = "".join(f'<a href="#{part.key}">{escape(part.title.partition(":")[0])}</a>' for part in parts)
     body = "\n".join(
         f'<section id="{part.key}"><h2>{_text(part.title)}</h2>{"".join(map(_block, part.blocks))}</section>'

@@ -12,6 +12,7 @@ when training is not all; `approach2_bias` what an isoFLOP design gets wrong wit
 when training is not all; `approach2_bias` what an isoFLOP design gets wrong without any noise.
 """
 
+from llamax.scaling.ablation import Ablation, ablation
 from llamax.scaling.allocation import (
     LimitedAllocation,
     ServedAllocation,
@@ -60,6 +61,7 @@ from llamax.scaling.transfer import Shift, lr_optima, lr_shift, transfer_summary
 __all__ = [
     "COLUMNS",
     "LAWS",
+    "Ablation",
     "Allocation",
     "Approach1Fit",
     "Approach2Bias",
@@ -87,6 +89,7 @@ __all__ = [
     "Shift",
     "Spike",
     "Target",
+    "ablation",
     "align_curves",
     "allocate",
     "annealing_columns",

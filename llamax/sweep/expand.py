@@ -149,6 +149,10 @@ def _refuse_conflicts(spec: SweepConfig) -> None:
     owners = [(".".join(parse_override(text)[0]), f"overrides ({text})") for text in spec.overrides]
     owners += [("optimizer.lr", "rules.lr")] * (spec.rules.lr is not None)
     owners += [("train.batch_size", "rules.batch")] * (spec.rules.batch is not None)
+    if spec.ablate is not None:
+        owners = [item for item in owners if item[0] != "train.seed"]  # the first of the ablation's seeds
+        owners += [("train.seed", "ablate.seeds")]
+        owners += [(path, f"ablate.{axis}") for axis, (path, _) in spec.ablate.axes.items() if path != "model"]
     for i, axis in enumerate(spec.axes):
         who = f"axes.{i} ({axis.kind})"
         for path, _ in axis_points(axis)[0].sets:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from llamax.accounting import horizon, memory_bytes
+from llamax.config.ablate import Ablate
 from llamax.config.load import load_run, run_from_data, validate
 from llamax.config.merge import apply_override
 from llamax.config.run import RunConfig
 from llamax.config.sweep import Design, Horizons, Rules, SweepConfig
 from llamax.errors import UserError
+from llamax.sweep.ablate import variants
 from llamax.sweep.expand import Point, expand, safe
 from llamax.sweep.rules import resolve
 from llamax.sweep.throughput import Throughput, guess
@@ -195,9 +197,11 @@ def make_cell(
 
 
 def _cells(spec: SweepConfig, point: Point, corpus_tokens: int | None, speed: Throughput) -> list[Cell]:
-    """The cells of a point: one, or a trunk and its branches."""
+    """The cells of a point: one, or a trunk and its branches, or the variants and seeds of an ablation."""
     try:
-        if spec.horizons is None:
+        if spec.ablate is not None:
+            found = _ablated(spec, spec.ablate, point)
+        elif spec.horizons is None:
             texts, said = _resolved(spec, point, point.sets)
             found = [Draft(point.label, tuple(texts), {}, said, None)]
         else:
@@ -241,6 +245,23 @@ def _branched(spec: SweepConfig, axis: Horizons, point: Point) -> list[Draft]:
     found = drafts(axis, point.label, texts[1:], lambda more: _build(spec, more), spec.rules.min_steps)
     said = {name: f"{rule} (N and D of the longest horizon, as for its trunk)" for name, rule in said.items()}
     return [draft._replace(rules={**said, **draft.rules}) for draft in found]
+
+
+def _ablated(spec: SweepConfig, ablate: Ablate, point: Point) -> list[Draft]:
+    """Every variant and seed of a point, seeds fastest; rules see the base alone."""
+    texts, said = _resolved(spec, point, point.sets)
+    base = _build(spec, texts)
+    return [
+        Draft(
+            f"{point.label}-{variant.name}-s{seed}",
+            (*texts, *variant.texts, f"train.seed={seed}"),
+            {"rung": point.label, **variant.tags},
+            {**said, "match": variant.said},
+            None,
+        )
+        for variant in variants(base, ablate, lambda more: _build(spec, [*texts, *more]))
+        for seed in range(base.train.seed, base.train.seed + ablate.seeds)
+    ]
 
 
 def _build(spec: SweepConfig, texts: Sequence[str]) -> RunConfig:

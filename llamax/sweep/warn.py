@@ -20,7 +20,7 @@ def warnings_of(spec: SweepConfig, cells: Sequence[Cell], devices: int | None) -
     return (
         *_identical(cells),
         *_mesh(cells, devices),
-        *_bracket(cells, spec.optimum_tokens_per_param),
+        *(_bracket(cells, spec.optimum_tokens_per_param) if spec.ablate is None else _unmatched(cells)),
         *_steps(cells),
         *_epochs(cells),
     )
@@ -35,6 +35,12 @@ def _identical(cells: Sequence[Cell]) -> list[str]:
         for names in groups.values()
         if len(names) > 1
     ]
+
+
+def _unmatched(cells: Sequence[Cell]) -> list[str]:
+    """Variants of an ablation that matching could not bring within the tolerance."""
+    far = dict.fromkeys((c.tags["rung"], c.tags["variant"], c.rules["match"]) for c in cells if not c.tags["matched"])
+    return [f"{rung} {variant} could not be matched: {said}" for rung, variant, said in far]
 
 
 def _mesh(cells: Sequence[Cell], devices: int | None) -> list[str]:
