@@ -142,11 +142,15 @@ def gradient_noise(record: dict[Any, Any], rows: pd.DataFrame) -> dict[str, Any]
 
     Where noise hides the gradient, `scale` is None and `words` says so.
     """
+    from llamax.report.read import number
     from llamax.scaling import noise_scale
 
-    parts = record.get("train.grad_accumulation")
-    tokens = record.get("train.batch_size", 0) * record.get("train.seq_len", 0)
-    if "micro_grad_norm" not in rows or rows["micro_grad_norm"].isna().all() or not (parts and parts > 1 and tokens):
+    if "micro_grad_norm" not in rows or rows["micro_grad_norm"].isna().all():
+        return None
+    fields = ("batch_size", "seq_len", "grad_accumulation")
+    batch, length, parts = (number(record.get(f"train.{name}")) for name in fields)
+    tokens = batch * length
+    if not (parts > 1 and tokens > 0):
         return None
     later = rows.iloc[len(rows) // 2 :]
     small, big = (later[name].to_numpy(float) for name in ("micro_grad_norm", "grad_norm"))

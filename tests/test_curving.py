@@ -70,6 +70,12 @@ def test_the_command_prints_draws_and_refuses(tmp_path: Path) -> None:
             CliRunner().invoke(app, ["curves", str(run), *options], catch_exceptions=False)
 
 
+def test_a_run_without_its_config_has_curves_all_the_same(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", noise=True)
+    (run / "config.yaml").unlink()
+    assert examine([run], on="tokens")["runs"][0]["gradient_noise"] is None
+
+
 def test_a_folder_without_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run there has logged"):
         examine([tmp_path], on="tokens")
