@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from llamax.scaling import Prediction, ScalingFit
 
 ENDED = ("done", "diverged")
-COLUMNS = {"n": "n", "d": "tokens", "loss": "eval_loss", "flops": "flops_6n", "budget": "budget"}
 
 
 def predict(
@@ -28,7 +27,7 @@ def predict(
     ] = None,
     score: Annotated[bool, typer.Option("--score", help="How every claim so far did, instead of a new one.")] = False,
     columns: Annotated[
-        str, typer.Option(help="Columns of a table, such as n=params,d=tokens,loss=loss,flops=flops.")
+        str, typer.Option(help="Columns of a table, such as n=params,d=tokens,loss=ce; default the usual names.")
     ] = "",
     bootstrap: Annotated[int, typer.Option(help="Resamples for the interval.")] = 300,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
@@ -65,7 +64,8 @@ def register_prediction(
 
     check_flops(flops)
     frame, names = runs_of(data, columns)
-    fit = fit_frame(finished(frame), **names, bootstrap=bootstrap, seed=seed)  # type: ignore[arg-type]
+    approaches = (2, 3) if names["budget"] else (3,)
+    fit = fit_frame(finished(frame), approaches, **names, bootstrap=bootstrap, seed=seed)  # type: ignore[arg-type]
     refuse_if_known(data, columns, flops)
     size = recommend(fit, flops).n if n is None else n
     claim = predict(fit, flops=flops, n=size, d=float(fit.cost.tokens(flops, size)))
@@ -117,19 +117,20 @@ def planned_flops(data: Path, row: Mapping[Any, Any]) -> float:
 # ---------------------------------------------------------------- the runs
 def runs_of(data: Path, columns: str = "") -> tuple[pd.DataFrame, dict[str, str | None]]:
     """(every run of a study directory or a table, which of its columns are n, d, loss, flops and budget)."""
+    from llamax.fitting import LEDGER_COLUMNS, USUAL
     from llamax.report.ledger import ledger
     from llamax.scaling import read_table
 
     if data.is_dir():
         if columns:
             raise UserError(f"--columns {columns}: {data} is a study and has its own; drop the option")
-        return ledger(data), dict(COLUMNS)
+        return ledger(data), dict(LEDGER_COLUMNS)
     frame = read_table(data)
-    names: dict[str, str | None] = {key: name if name in frame else None for key, name in COLUMNS.items()}
+    names = {key: next((name for name in usual if name in frame), None) for key, usual in USUAL.items()}
     for part in filter(None, columns.split(",")):
         key, equals, name = (text.strip() for text in part.partition("="))
-        if not equals or key not in COLUMNS:
-            raise UserError(f"--columns {part!r}: give {', '.join(f'{key}=COLUMN' for key in COLUMNS)}")
+        if not equals or key not in USUAL:
+            raise UserError(f"--columns {part!r}: give {', '.join(f'{key}=COLUMN' for key in USUAL)}")
         if name not in frame:
             raise UserError(f"--columns {part}: not in the table; it has {', '.join(map(str, frame.columns))}")
         names[key] = name

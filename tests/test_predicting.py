@@ -83,7 +83,7 @@ def test_a_study_is_refused_where_a_run_is_done_or_under_way(tmp_path: Path) -> 
         (["--score"], "no prediction was registered"),
         (["--flops", "1e13", "--columns", "n:params"], "give n=COLUMN"),
         (["--flops", "1e13", "--columns", "n=size"], "not in the table"),
-        (["--flops", "1e13"], "no column for n, loss"),
+        (["--flops", "1e13"], "no column for loss"),
     ],
 )
 def test_what_cannot_be_done_is_said(table: Path, words: list[str], message: str) -> None:
