@@ -186,8 +186,8 @@ def report_tables(found: Ablation) -> list[Any]:
         if len(pick["gains"]):
             shown += _pivot(f"Compute-equivalent gain ({way})", pick["gains"], "variant", _gain)
             table = _table("Trend: factor of the gain a decade of compute", ("variant", "factor", "95 % interval"), 1)
-            for row in pick["trends"].to_dict("records"):
-                table.add_row(row["variant"], f"{row['factor']:.3g}", _pair(row))
+            for row in pick["trends"].dropna(subset="factor").to_dict("records"):
+                table.add_row(row["variant"], _two(row["factor"]), _pair(row))
             shown.append(table)
     return [
         *shown,
@@ -220,11 +220,15 @@ def _effect(row: Mapping[str, Any]) -> str:
 
 
 def _gain(row: Mapping[str, Any]) -> str:
-    return "" if row["gain"] != row["gain"] else f"{row['gain']:.3g} {_pair(row)}"
+    return "" if row["gain"] != row["gain"] else f"{_two(row['gain'])} {_pair(row)}"
 
 
 def _pair(row: Mapping[str, Any]) -> str:
-    return "" if row["low"] != row["low"] else f"[{row['low']:.3g}, {row['high']:.3g}]"
+    return "" if row["low"] != row["low"] else f"[{_two(row['low'])}, {_two(row['high'])}]"
+
+
+def _two(value: float) -> str:
+    return f"{value:.2f}" if 0.05 <= value < 100 else f"{value:.2g}"
 
 
 def _noise_table(title: str, noise: Any, effects: Any) -> Table:

@@ -76,10 +76,10 @@ def _absent(cells: dict[str, Any], frame: pd.DataFrame) -> list[str]:
 
 
 # ---------------------------------------------------------------- figures
-def effects_picture(found: Ablation, match: str | None = None) -> Picture:
-    """Effects with their pooled intervals, a row a variant and a colour a size; main effects where there are any."""
+def effects_picture(found: Ablation, match: str | None = None, factors: bool = False) -> Picture:
+    """Effects with their pooled intervals, a row a variant and a colour a size; or main effects and interactions."""
     match = match or str(found.effects["match"].iloc[0])
-    table, label = (found.factors, "factor") if len(found.factors) else (found.effects, "variant")
+    table, label = (found.factors, "factor") if factors else (found.effects, "variant")
     table = table[table["match"] == match]
     names, sizes = list(table[label].unique()), list(table["size"].unique())
     figure, axes = panel(8.6, 1.3 + 0.42 * len(names))
@@ -106,7 +106,7 @@ def effects_picture(found: Ablation, match: str | None = None) -> Picture:
     what = "Main effects and interactions" if label == "factor" else "Effects against the base"
     return finish(
         figure,
-        f"ablation-effects-{match}",
+        f"ablation-{'factors' if factors else 'effects'}-{match}",
         f"{what} of {len(names)} changes at {len(sizes)} sizes, with intervals.",
         f"{what} (matched: {match}), with 95 % t intervals from the noise pooled over the variants of a size. Filled: "
         "different from zero after Holm's correction over all of them.",
@@ -163,6 +163,8 @@ def ablation_page(name: str, found: Ablation) -> str:
     parts = []
     for match in found.effects["match"].unique():
         pictures = [effects_picture(found, match), gains_picture(found, match)]
+        if len(found.factors) and (found.factors["match"] == match).any():
+            pictures.insert(0, effects_picture(found, match, factors=True))
         figures = tuple(Figures((picture,)) for picture in pictures if picture is not None)
         parts.append(Section(f"match-{match}", f"Matched: {match}", figures))
     words = (Bullets(found.words, alarm=True),) if found.words else ()

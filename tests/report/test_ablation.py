@@ -89,15 +89,14 @@ def test_an_unfinished_study_is_refused_and_its_whole_sizes_are_not(tmp_path: Pa
 
 def test_pictures_and_page(study: Path) -> None:
     found = ablation(ablation_runs(study), draws=100)
-    picture = effects_picture(found, "params")
-    assert "gelu x" not in picture.svg
-    assert "layernorm x gelu" in picture.svg
+    assert "layernorm+gelu" in effects_picture(found, "params").svg
+    assert "layernorm x gelu" in effects_picture(found, "params", factors=True).svg
     gain = gains_picture(found, "flops")
     assert gain is not None
     assert "layernorm" in gain.svg
     page = ablation_page("tiny <study>", found)
     assert "Ablation: tiny &lt;study&gt;" in page
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 6
     assert "Holm" in page
 
 
