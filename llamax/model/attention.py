@@ -76,7 +76,7 @@ def _attend(
             scores = logits.softcap * tanh
             slopes.append(1 - tanh * tanh)
         p = jax.nn.softmax(_masked(scores, span, q.shape[2], sight, logits), axis=-1)
-        outs.append(_einsum("bjtgs,bsjd->btjgd", p, v[:, span.keys], compute))
+        outs.append(_over_keys(p, v[:, span.keys], compute))
         saved.append(p.astype(jnp.dtype(compute)))
     out = jnp.concatenate(outs, axis=1) if len(outs) > 1 else outs[0]
     return out.reshape(*q.shape[:3], -1).astype(q.dtype), (saved, slopes)
@@ -189,11 +189,19 @@ def _attend_backward(logits, compute, kept, g):  # type: ignore[no-untyped-def]
         wide = p.astype(jnp.float32)
         ds = wide * (dp - jnp.sum(wide * dp, axis=-1, keepdims=True))
         ds = ds * slopes[i] if slopes else ds
-        dq.append(_einsum("bjtgs,bsjd->btjgd", ds, k[:, span.keys], compute))
+        dq.append(_over_keys(ds, k[:, span.keys], compute))
         dk = dk.at[:, span.keys].add(_over_queries(ds, q_i, compute))
         dv = dv.at[:, span.keys].add(_over_queries(p, g_i, compute))
     dq = (jnp.concatenate(dq, axis=1) if len(dq) > 1 else dq[0]).reshape(q.shape) * logits.scale
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+def _over_keys(weights: Array, x: Array, compute: str) -> Array:
+    """sum over keys: weights [b, j, t, g, s] x [b, s, j, d] -> [b, t, j, g, d], rows of weights as they lie."""
+    b, j, t, g, s = weights.shape
+    rows = weights.reshape(b, j, t * g, s)
+    out = _einsum("bjms,bsjd->bjmd", rows, x, compute)
+    return out.reshape(b, j, t, g, -1).transpose(0, 2, 1, 3, 4)
 
 
 def _over_queries(weights: Array, x: Array, compute: str) -> Array:
