@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -35,7 +36,28 @@ def activate(
         return activation(up)
     if config.limit is not None:
         gate, up = jnp.minimum(gate, config.limit), jnp.clip(up, -config.limit, config.limit)
-    return activation(gate) * (up + 1 if config.linear == "one_plus" else up)
+    return gated(gate, up + 1 if config.linear == "one_plus" else up, config.kind)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def gated(gate: Float[Array, "*where"], up: Float[Array, "*where"], kind: str) -> Float[Array, "*where"]:
+    """act(gate) up. The backward pass forms act(gate) again for each gradient rather than read what the forward wrote:
+    an exponential costs less than its array's way through memory, and each pass is one loop."""
+    return ACTIVATIONS[kind](gate) * up
+
+
+def _gated_forward(gate: Array, up: Array, kind: str) -> tuple[Array, tuple[Array, Array]]:
+    return gated(gate, up, kind), (gate, up)
+
+
+def _gated_backward(kind: str, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    again = jax.lax.optimization_barrier  # without it the compiler finds that it has been computed, and keeps it
+    gate, up = saved
+    _, activation_vjp = jax.vjp(ACTIVATIONS[kind], again(gate))
+    return activation_vjp(g * up)[0], g * ACTIVATIONS[kind](again(gate))
+
+
+gated.defvjp(_gated_forward, _gated_backward)
 
 
 class FeedForward(nnx.Module):
