@@ -120,8 +120,13 @@ def _backward(inputs: int, compute: str, saved: tuple[Array, Array], g: Array) -
     dx = _general(
         g, w, (tuple(range(batch, batch + outputs)), tuple(range(inputs, w.ndim))), compute, x.dtype, (E5M2, E4M3)
     )
-    dw = _general(x, g, (tuple(range(batch)), tuple(range(batch))), compute, w.dtype, (E4M3, E5M2))
-    return dx, dw
+    rows = tuple(range(batch)), tuple(range(batch))
+    if math.prod(x.shape[batch:]) <= math.prod(g.shape[batch:]):
+        return dx, _general(x, g, rows, compute, w.dtype, (E4M3, E5M2))
+    # A sum over rows turns its left operand on a CPU, a copy: the narrower of the two goes there.
+    # The barrier keeps the compiler from turning the product, in bfloat16 into one that its CPU runtime cannot run.
+    dw = jax.lax.optimization_barrier(_general(g, x, rows, compute, w.dtype, (E5M2, E4M3)))
+    return dx, dw.transpose(*range(outputs, w.ndim), *range(outputs))
 
 
 _contract.defvjp(_forward, _backward)
