@@ -8,7 +8,6 @@ llamax.ablation_runs("runs/study")            # the runs of an ablation, for lla
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from llamax.errors import UserError
@@ -20,10 +19,7 @@ if TYPE_CHECKING:
     from llamax.report.ablation import ablation_runs
     from llamax.report.ledger import curves, ledger
 
-try:
-    __version__ = version("llamax")
-except PackageNotFoundError:  # run from a checkout that was never installed
-    __version__ = "0+unknown"
+    __version__: str
 
 __all__ = ["UserError", "__version__", "ablation_runs", "curves", "export_hf", "ledger", "load", "load_hf"]
 
@@ -39,6 +35,13 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":  # reading it costs a worker process 0.03 s that few need
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("llamax")
+        except PackageNotFoundError:  # run from a checkout that was never installed
+            return "0+unknown"
     if name in _LAZY:
         import importlib
 

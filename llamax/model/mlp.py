@@ -41,8 +41,8 @@ def activate(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def gated(gate: Float[Array, "*where"], up: Float[Array, "*where"], kind: str) -> Float[Array, "*where"]:
-    """act(gate) up. The backward pass forms act(gate) again for each gradient rather than read what the forward wrote:
-    an exponential costs less than its array's way through memory, and each pass is one loop."""
+    """act(gate) up. The backward pass forms act(gate) again rather than read what the forward wrote: an exponential
+    costs less than its array's way through memory, and the forward is one loop."""
     return ACTIVATIONS[kind](gate) * up
 
 
@@ -51,10 +51,10 @@ def _gated_forward(gate: Array, up: Array, kind: str) -> tuple[Array, tuple[Arra
 
 
 def _gated_backward(kind: str, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    again = jax.lax.optimization_barrier  # without it the compiler finds that it has been computed, and keeps it
     gate, up = saved
-    _, activation_vjp = jax.vjp(ACTIVATIONS[kind], again(gate))
-    return activation_vjp(g * up)[0], g * ACTIVATIONS[kind](again(gate))
+    gate = jax.lax.optimization_barrier(gate)  # else the compiler finds that act(gate) has been computed, and keeps it
+    act, derivative = jax.vjp(ACTIVATIONS[kind], gate)
+    return derivative(g * up)[0], g * act
 
 
 gated.defvjp(_gated_forward, _gated_backward)
