@@ -233,7 +233,7 @@ def test_the_record_is_json(bent):
     assert record["law"] == "coupled"
     assert set(record["coupled"]) == set(record["approach3"])
     assert set(record["coupled"]["params"]) == {"E", "A", "B", "alpha", "beta", "gamma"}
-    assert set(record["coupled"]["intervals"]) == {*record["coupled"]["params"], "n_exponent"}
+    assert set(record["coupled"]["intervals"]) == {*record["coupled"]["params"], "n_exponent", "d_exponent"}
     assert record["coupled"]["holdout_error_percent"] < record["approach3"]["holdout_error_percent"]
     assert record["holdout_error_percent"] == record["approach3"]["holdout_error_percent"]
     assert {"flops", "n", "d", "loss"} == set(record["coupled"]["bands"])
