@@ -171,7 +171,7 @@ def fit_data(path: Path, options: FitOptions) -> dict[str, Any]:
     """
     from llamax.report.ledger import ledger
     from llamax.scaling import read_table
-    from llamax.scaling.caveats import run_words
+    from llamax.scaling.caveats import bootstrap_words, run_words
 
     words: list[str] = []
     if path.is_dir():
@@ -180,6 +180,7 @@ def fit_data(path: Path, options: FitOptions) -> dict[str, Any]:
         frame = read_table(path)
     columns = _columns(frame, options, words)
     words += run_words(frame, options.extra.get("epochs"))
+    words += bootstrap_words(options.bootstrap, options.seed)
     if options.at is None and (options.inference_tokens is not None or options.unique_tokens is not None):
         raise UserError("inference_tokens, unique_tokens: give the training FLOPs to answer at, --at")
     if 1 in options.approaches:

@@ -264,3 +264,16 @@ def test_served_models_and_scarce_data(tmp_path: Path) -> None:
         fit(table(), tmp_path, at=1e13, inference_tokens=1e9, approaches=(2,), columns=NAMES, bootstrap=0)
     with pytest.raises(UserError, match="they need a parametric law"):
         fit(table(), tmp_path, at=1e13, unique_tokens=1e6, formula="E + A/n**alpha + B/d**beta", bootstrap=0)
+
+
+def test_bootstrap_that_cannot_be_is_refused_or_flagged(tmp_path):
+    table = tmp_path / "runs.csv"
+    n, d = (values.ravel() for values in np.meshgrid(np.geomspace(1e7, 1e9, 5), np.geomspace(1e9, 1e11, 5)))
+    pd.DataFrame({"n": n, "d": d, "loss": 1.7 + 400 / n**0.34 + 1100 / d**0.29}).to_csv(table, index=False)
+    for law in ("chinchilla", "overtraining"):
+        with pytest.raises(UserError, match="bootstrap: -3"):
+            fit_data(table, FitOptions(law=law, bootstrap=-3))
+        with pytest.raises(UserError, match="seed: -1"):
+            fit_data(table, FitOptions(law=law, seed=-1))
+    few = fit_data(table, FitOptions(law="chinchilla", bootstrap=5))
+    assert any("5 resamples are too few" in word for word in few["warnings"])

@@ -195,7 +195,9 @@ def _fit_budget(label: Any, rows: pd.DataFrame, vertex: Vertex) -> BudgetFit:
         )
     flat = bool(np.ptp(loss) <= 1e-9 * loss.max())
     sizes = int(np.unique(np.round(np.log(rows["n"].to_numpy(float)), 9)).size)
-    if flat:
+    if len(rows) == 1:
+        words.append(f"{name}: one run: no valley; a nominal budget is one number for all of its runs")
+    elif flat:
         words.append(f"{name}: all losses equal: no valley")
     elif sizes == 3 and vertex == "parabola":
         words.append(f"{name}: three sizes: the parabola fits exactly and says nothing about noise")

@@ -190,8 +190,9 @@ def frontier_draws(log_c: np.ndarray, heights: np.ndarray) -> Frontier:
         a, b, c = (one**2).sum(1), (one * term).sum(1), np.maximum((term**2).sum(1), 1e-300)
         e = np.maximum((c * one.sum(1) - b * term.sum(1)) / np.maximum(a * c - b**2, 1e-300), 0.0)
         k = (term.sum(1) - e * b) / c
-        left = ((valid - e[:, None] * one - k[:, None] * term) ** 2).sum(1)
-        return np.stack([e, k * np.exp(gamma * centre), gamma]), np.where(k > 0, left, np.inf)
+        with np.errstate(over="ignore", invalid="ignore"):  # a draw without heights: its k is not used
+            left = ((valid - e[:, None] * one - k[:, None] * term) ** 2).sum(1)
+            return np.stack([e, k * np.exp(gamma * centre), gamma]), np.where(k > 0, left, np.inf)
 
     grid = np.geomspace(0.005, 2.0, 100)
     middle, ratio = np.ones(len(y)), grid[1] / grid[0]

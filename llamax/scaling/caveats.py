@@ -11,6 +11,7 @@ from llamax.scaling.laws import Cost, Law, optimal_allocation
 MOST_EPOCHS = 4.0  # beyond, a repeated token is worth visibly less than a new one (arXiv:2305.16264)
 UNDERTRAINED = 30.0  # tokens per parameter this many times below the optimum at the same compute
 FEW_GROUPS = 10
+FEWEST_DRAWS = 10  # of an interval (`bootstrap.interval`)
 
 
 def run_words(frame: pd.DataFrame, epochs: str | None = None) -> list[str]:
@@ -51,6 +52,19 @@ def group_words(runs: pd.DataFrame) -> list[str]:
     if "run" not in runs or (groups := runs["run"].nunique()) >= FEW_GROUPS:
         return []
     return [f"only {groups} groups: intervals from resampling so few are rough and usually too narrow"]
+
+
+def bootstrap_words(draws: int, seed: int) -> list[str]:
+    """A warning where `draws` resamples are too few for an interval. Raises UserError for a negative number."""
+    if draws < 0:
+        raise UserError(f"bootstrap: {draws}; give the number of resamples, 0 for no intervals")
+    if seed < 0:
+        raise UserError(f"seed: {seed}; give a whole number, 0 or more")
+    if 0 < draws < FEWEST_DRAWS:
+        return [
+            f"bootstrap: {draws} resamples are too few for an interval; give at least {FEWEST_DRAWS}, better hundreds"
+        ]
+    return []
 
 
 def seed_scatter(runs: pd.DataFrame) -> tuple[float, int]:

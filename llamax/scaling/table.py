@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,9 @@ def clean(
     missing = [f"{column!r} (for {name})" for name, column in named.items() if column not in frame]
     if missing:
         raise UserError(f"column {', '.join(missing)}: not in the table; it has {', '.join(map(str, frame.columns))}")
+    for one, other in combinations(("n", "d", "loss", "flops"), 2):
+        if one in named and named[one] == named.get(other):
+            raise UserError(f"column {named[one]!r}: named for both {one} and {other}; give each its own column")
     table = pd.DataFrame({name: frame[column].to_numpy() for name, column in named.items()})
     numbers: list[str] = [name for name in ("n", "d", "flops", "loss") if name in named]
     for name in numbers:
@@ -125,6 +129,8 @@ def _unit_words(table: pd.DataFrame) -> list[str]:
             f"tokens per parameter run from {ratio.min():.3g} to {ratio.max():.3g}: check the units of n and d "
             "(numbers, not billions)"
         )
+    if np.median(ratio) < 1:
+        words.append("most runs have fewer tokens than parameters: are the columns of n and d the right way round?")
     for name in ("n", "d", "flops"):
         values = np.sort(table[name].to_numpy())
         if len(values) > 1 and (values[1:] / values[:-1]).max() > UNIT_GAP:

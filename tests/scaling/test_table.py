@@ -75,6 +75,9 @@ def test_drops_and_counts_what_is_missing_or_repeated():
 
 def test_units_are_questioned():
     frame = isoflop()
+    swapped = clean(frame.rename(columns={"n": "d", "d": "n"}))[1]
+    assert any("the right way round" in w for w in swapped)
+    assert not clean(frame)[1]
     assert any("check the units" in w for w in clean(frame.assign(flops=frame["flops"] / 1e9))[1])
     assert any("never exceeds 1000" in w for w in clean(frame.assign(n=frame["n"] / 1e6), flops=None)[1])
 
@@ -95,3 +98,8 @@ def test_units_are_questioned():
 def test_bad_values(change, message):
     with pytest.raises(UserError, match=message):
         clean(change(isoflop()))
+
+
+def test_one_column_has_one_meaning():
+    with pytest.raises(UserError, match="'n': named for both n and d"):
+        clean(isoflop(), n="n", d="n")
