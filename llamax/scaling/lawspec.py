@@ -203,6 +203,8 @@ class LawSpec:
         for i, matrix in enumerate(basis):
             norm = np.linalg.norm(matrix, axis=0)
             norm = np.where(norm > 0, norm, 1.0)
-            u = lsq_linear(matrix / norm, wanted[i], (lower * norm, upper * norm)).x / norm
+            ends = (lower * norm, upper * norm)
+            # By active sets, which end: the default method's line search can go on for ever.
+            u = lsq_linear(matrix / norm, wanted[i], ends, method="bvls", max_iter=100).x / norm
             solved[i, at] = np.where(logged, np.exp(np.where(logged, u, 0.0)), u)
         return solved
