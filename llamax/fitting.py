@@ -290,6 +290,7 @@ def _profiles(fit: Any, section: str, names: tuple[str, ...]) -> dict[str, Any]:
 def _at(fit: Any, result: dict[str, Any], flops: float, words: list[str]) -> dict[str, Any]:
     """The optimum at `flops`: its four numbers and, among the intervals, theirs; `at` has the whole answer."""
     from llamax.scaling import predict, recommend
+    from llamax.scaling.caveats import distance_words
     from llamax.scaling.target import target_approach2, target_parametric
 
     if fit.laws:
@@ -301,17 +302,16 @@ def _at(fit: Any, result: dict[str, Any], flops: float, words: list[str]) -> dic
         if found is None:
             raise UserError("at: fewer than two budgets have a valid vertex, so approach 2 has no power laws to answer")
         target = found
+        words += distance_words(fit.runs, flops)
         if target.loss is None:
             words.append("at: no loss: approach 2 has no loss-compute frontier here (see the warnings)")
-    answer = target.as_dict()
-    record: dict[str, Any] = {"target": answer}
+    record: dict[str, Any] = {"target": (answer := target.as_dict())}
     if fit.laws:
         advice = recommend(fit, flops)
         record |= {"prediction": predict(fit, flops=flops, n=advice.n, d=advice.d).as_dict()}
         words += record["prediction"]["warnings"]
-    names = ("n_opt", "d_opt", "tokens_per_param", "loss")
-    bounds = {name: answer["intervals"].get(name) for name in names}
-    return {name: answer[name] for name in names} | {
+    bounds = {name: answer["intervals"].get(name) for name in ("n_opt", "d_opt", "tokens_per_param", "loss")}
+    return {name: answer[name] for name in bounds} | {
         "regret": answer["regret"],
         "intervals": result["intervals"] | bounds,
         "at": record,

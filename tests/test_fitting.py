@@ -277,3 +277,29 @@ def test_bootstrap_that_cannot_be_is_refused_or_flagged(tmp_path):
             fit_data(table, FitOptions(law=law, seed=-1))
     few = fit_data(table, FitOptions(law="chinchilla", bootstrap=5))
     assert any("5 resamples are too few" in word for word in few["warnings"])
+
+
+def write_chinchilla(path: Path, scale: float = 1.0) -> Path:
+    n, d = (values.ravel() for values in np.meshgrid(np.geomspace(1e8, 2e8, 5), np.geomspace(2e9, 8e9, 5)))
+    pd.DataFrame({"n": n / scale, "d": d, "loss": 1.7 + 400 / n**0.34 + 1100 / d**0.29}).to_csv(path, index=False)
+    return path
+
+
+def test_narrow_compute_and_far_targets_are_flagged(tmp_path):
+    path = write_chinchilla(tmp_path / "narrow.csv")
+    for flops in (1e25, 1e10):
+        words = fit_data(path, FitOptions(law="chinchilla", bootstrap=0, at=flops))["warnings"]
+        assert any("span under 1.5 decades" in word for word in words)
+        assert any("long extrapolation" in word for word in words)
+
+
+def test_units_are_questioned_for_every_law(tmp_path):
+    path = write_chinchilla(tmp_path / "billions.csv", 1e9)
+    words = fit_data(path, FitOptions(law="overtraining", bootstrap=0))["warnings"]
+    assert any("check the units" in word for word in words)
+
+
+def test_a_far_target_of_approach_2_is_flagged(tmp_path):
+    table().to_csv(tmp_path / "a.csv", index=False)
+    options = FitOptions(columns=COLUMNS | {"budget": "level"}, approaches=(2,), bootstrap=20, at=1e40)
+    assert any("long extrapolation" in word for word in fit_data(tmp_path / "a.csv", options)["warnings"])

@@ -11,6 +11,8 @@ from llamax.scaling.laws import Cost, Law, optimal_allocation
 MOST_EPOCHS = 4.0  # beyond, a repeated token is worth visibly less than a new one (arXiv:2305.16264)
 UNDERTRAINED = 30.0  # tokens per parameter this many times below the optimum at the same compute
 FEW_GROUPS = 10
+FAR = 10.0  # times the compute measured
+NARROW_DECADES = 1.5
 FEWEST_DRAWS = 10  # of an interval (`bootstrap.interval`)
 
 
@@ -52,6 +54,27 @@ def group_words(runs: pd.DataFrame) -> list[str]:
     if "run" not in runs or (groups := runs["run"].nunique()) >= FEW_GROUPS:
         return []
     return [f"only {groups} groups: intervals from resampling so few are rough and usually too narrow"]
+
+
+def distance_words(runs: pd.DataFrame, flops: Any) -> list[str]:
+    """A warning where the target lies far outside the compute of the runs."""
+    least, largest = float(runs["flops"].min()), float(runs["flops"].max())
+    if flops > FAR * largest:
+        return [f"the target is {flops / largest:.3g} times the largest budget measured: a long extrapolation"]
+    if flops < least / FAR:
+        return [
+            f"the target is {flops / least:.3g} times the smallest budget measured: a long extrapolation; check the "
+            "units of the FLOPs"
+        ]
+    return []
+
+
+def span_words(runs: pd.DataFrame) -> list[str]:
+    """A warning where the runs of a parametric fit span little compute: it cannot be told how they scale."""
+    decades = float(np.log10(runs["flops"].max() / runs["flops"].min()))
+    if decades >= NARROW_DECADES:
+        return []
+    return [f"training FLOPs span under {NARROW_DECADES} decades ({decades:.2f}): exponents are weakly determined"]
 
 
 def bootstrap_words(draws: int, seed: int) -> list[str]:

@@ -16,7 +16,7 @@ from llamax.scaling.approach2 import Approach2Fit, by_budget, fit_approach2
 from llamax.scaling.approach3 import N_COUPLED, ParametricFit, fit_approach3, fit_coupled
 from llamax.scaling.bands import approach2_bands, compute_grid, parametric_bands
 from llamax.scaling.bootstrap import Approach2Draws, ParametricDraws, bootstrap_approach2, bootstrap_parametric
-from llamax.scaling.caveats import group_words, seed_scatter, undertrained_words
+from llamax.scaling.caveats import group_words, seed_scatter, span_words, undertrained_words
 from llamax.scaling.laws import Cost, Scalar, fit_cost
 from llamax.scaling.table import clean
 
@@ -191,6 +191,7 @@ def fit_frame(
             two, rng = fit_approach2(runs, vertex), np.random.default_rng([seed, 2])
             two_draws = bootstrap_approach2(runs, bootstrap, rng, vertex) if bootstrap else None
     if 3 in approaches:
+        words += [] if two else span_words(runs)
         parts = leave_largest_out(runs)
         options = {"delta": delta, "method": method, "log": log}
 

@@ -14,6 +14,7 @@ from llamax.scaling.bootstrap import as_list, interval, resample_counts
 from llamax.scaling.engine import Objective, Predict, Task
 from llamax.scaling.laws import plain
 from llamax.scaling.lawspec import LawSpec
+from llamax.scaling.table import unit_words
 
 STARTS = 32
 
@@ -194,7 +195,11 @@ def law_table(spec: LawSpec, frame: pd.DataFrame, named: Mapping[str, str]) -> t
         words.append(
             f"duplicated runs dropped: {int(repeated.sum())} rows repeat the numbers of another and are kept once"
         )
-    return table[~repeated].reset_index(drop=True), words
+    table = table[~repeated].reset_index(drop=True)
+    if {"n", "d"} <= set(wanted) and spec.target == "loss":
+        units = table.assign(flops=6 * table["n"] * table["d"])
+        words += unit_words(units) if (table[["n", "d", "loss"]] > 0).all(axis=None) else []
+    return table, words
 
 
 def _check(spec: LawSpec, target: np.ndarray) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from llamax.errors import UserError
 from llamax.scaling.approach3 import residual_scale
 from llamax.scaling.bootstrap import Interval, as_list, interval, loss_draws, mixture_interval
+from llamax.scaling.caveats import distance_words
 from llamax.scaling.fit import Parametric, ScalingFit
 from llamax.scaling.laws import Scalar, check_flops, optimal_allocation, plain
 
@@ -115,9 +116,7 @@ def recommend(fit: ScalingFit, flops: Scalar) -> Recommendation:
             f"N* is {n_two:.3g} by approach 2, {n_three:.3g} by {chosen.fit.law.label}: they disagree by "
             f"more than {DISAGREE}x"
         )
-    largest = float(fit.runs["flops"].max())
-    if flops > 10 * largest:
-        words.append(f"the target is {flops / largest:.0f} times the largest budget measured: a long extrapolation")
+    words += distance_words(fit.runs, flops)
     d_draws = np.asarray(fit.cost.tokens(flops, n_draws))
     bounds = interval(n_draws, fit.level), interval(d_draws, fit.level)
     return Recommendation(float(flops), n, float(fit.cost.tokens(flops, n)), *bounds, approach, rule, tuple(words))

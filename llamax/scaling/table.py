@@ -76,7 +76,7 @@ def clean(
     words += _derive(table)
     if len(table) > 1 and np.ptp(table["loss"]) <= 1e-12 * table["loss"].max():
         raise UserError(f"column {loss!r}: all losses equal ({table['loss'].iloc[0]:.6g}); nothing to fit")
-    return table, words + _unit_words(table)
+    return table, words + unit_words(table)
 
 
 def _numbers(column: pd.Series, name: str) -> pd.Series:
@@ -113,7 +113,8 @@ def _derive(table: pd.DataFrame) -> list[str]:
     return []
 
 
-def _unit_words(table: pd.DataFrame) -> list[str]:
+def unit_words(table: pd.DataFrame) -> list[str]:
+    """What is odd about the units of `n, d, flops, loss`, in words."""
     ratio = (table["flops"] / (table["n"] * table["d"])).to_numpy()
     low, high = float(ratio.min()), float(ratio.max())
     words = []
