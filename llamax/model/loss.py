@@ -61,7 +61,7 @@ def _scan(x, w, bias, targets, weights, z_loss, softcap, chunk, compute, scale, 
         total = e.sum(-1, keepdims=True)
         log_z = (jnp.log(total) + top)[..., 0]
         hit = jax.nn.one_hot(t_c, logits.shape[-1], dtype=jnp.bool_)
-        picked = jnp.take_along_axis(logits, t_c[..., None], -1)[..., 0]
+        picked = jnp.take_along_axis(logits, t_c[..., None], -1, mode="clip")[..., 0]
         sums = (nll + jnp.sum(m_c * (log_z - picked)), z + z_loss * jnp.sum(m_c * jnp.square(log_z)))
         if not gradients:
             return (sums, dw, db), None

@@ -69,7 +69,7 @@ def test_the_operands_reach_the_product_in_eight_bits() -> None:
 
 def test_gradients_of_a_model() -> None:
     """Finite, near the exact ones, and head, router and attention products in bfloat16."""
-    model, tokens = small_model(scale=0.1), tokens_of(2, 17, 64)
+    model, tokens = small_model(scale=0.1), tokens_of(2, 17)
 
     def loss(model: Transformer, tokens: jax.Array, compute: str) -> jax.Array:
         execution = Execution(compute, "float32")  # type: ignore[arg-type]
