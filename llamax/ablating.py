@@ -10,7 +10,7 @@ import typer
 
 from llamax.console import Json, Overrides, print_json, show
 from llamax.errors import UserError
-from llamax.sweeping import Packing, SweepSpec, sweep_run
+from llamax.sweeping import Packing, SweepSpec, planned, sweep_run
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,13 +31,9 @@ def ablate_plan(
     as_json: Json = False,
 ) -> None:
     """Every variant at every size: parameters and FLOPs before and after matching, and what could be detected."""
-    from llamax.sweep.plan import make_plan
-    from llamax.sweep.study import open_study, read_study
+    from llamax.sweep.study import open_study
 
-    if (Path(spec) / "plan.json").is_file():
-        plan = read_study(Path(spec))
-    else:
-        plan = make_plan(_spec(spec, overrides), corpus_tokens=corpus_tokens)
+    plan = planned(spec, overrides, corpus_tokens)
     if plan.spec.ablate is None:
         raise UserError(f"{spec}: a sweep without `ablate`; plan it with llamax sweep plan")
     if out is not None:

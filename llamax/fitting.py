@@ -150,17 +150,6 @@ def _noise(text: str | None) -> float | Literal["replicates"] | None:
         raise UserError(f"seed noise: {text!r}; give its size in log loss, such as 0.005, or replicates") from None
 
 
-def usable_runs(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """The finished runs of a ledger that a law may be fitted to, and in words which were left out."""
-    words = []
-    good = (frame["status"] == "done") & (frame["stage"] != "trunk")
-    if (~good).any():
-        why = frame["status"].where(frame["status"] != "done", "a trunk: its learning rate has not decayed")
-        left = ", ".join(f"{name} ({reason})" for name, reason in zip(frame["run"][~good], why[~good], strict=True))
-        words.append(f"left out of the fit: {left}")
-    return frame[good], words
-
-
 def fit_data(path: Path, options: FitOptions) -> dict[str, Any]:
     """Fits as a dict. Of approach 3: `params`, `objective`, `intervals`; of approach 2: `n_exponent`, `n_coefficient`,
     `d_exponent`, `d_coefficient`, `budgets`; always `n_points` and `warnings`; the full records under `approach2`,
@@ -169,7 +158,7 @@ def fit_data(path: Path, options: FitOptions) -> dict[str, Any]:
     Raises:
         UserError: no such table, or a table that cannot be fitted.
     """
-    from llamax.report.ledger import ledger
+    from llamax.report.ledger import ledger, usable_runs
     from llamax.scaling import read_table
     from llamax.scaling.caveats import bootstrap_words, run_words
 

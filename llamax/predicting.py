@@ -140,8 +140,10 @@ def runs_of(data: Path, columns: str = "") -> tuple[pd.DataFrame, dict[str, str 
 
 
 def finished(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows of finished runs; all of a table that knows no status."""
-    return frame[frame["status"] == "done"] if "status" in frame else frame
+    """The rows of finished runs that a law may be fitted to; all of a table that knows no status."""
+    from llamax.report.ledger import usable_runs
+
+    return usable_runs(frame)[0] if "status" in frame else frame
 
 
 def measured(data: Path, columns: str = "") -> pd.DataFrame:

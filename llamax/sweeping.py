@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llamax.console import Json, Overrides, StudyPath, print_json, show
+
+if TYPE_CHECKING:
+    from llamax.sweep.plan import Plan
 
 app = typer.Typer(no_args_is_help=True, help="Plan a sweep, run it with any number of workers, watch it.")
 SweepSpec = Annotated[str, typer.Argument(metavar="SWEEP", help="A shipped sweep, a YAML path, or a study directory.")]
@@ -28,20 +31,13 @@ def sweep_plan(
     as_json: Json = False,
 ) -> None:
     """Print every cell with its derived numbers and the rules that made them, before a FLOP is spent."""
-    from llamax.config.sweep import load_sweep
-    from llamax.console import step_progress
     from llamax.sweep.packing import groups, parse_pack
-    from llamax.sweep.plan import make_plan
     from llamax.sweep.process import cores
-    from llamax.sweep.study import open_study, read_study
+    from llamax.sweep.study import open_study
     from llamax.sweep.tables import plan_tables
 
     how = parse_pack(pack)
-    if (Path(sweep) / "plan.json").is_file():
-        plan = read_study(Path(sweep))
-    else:
-        with step_progress() as progress:
-            plan = make_plan(load_sweep(sweep, overrides or []), corpus_tokens=corpus_tokens, progress=progress)
+    plan = planned(sweep, overrides, corpus_tokens)
     if out is not None:
         open_study(out, plan)
     each = max(1, len(cores()) // max(1, workers))
@@ -50,6 +46,19 @@ def sweep_plan(
         print_json(plan.as_dict() | {"populations": [group.as_dict() for group in packed]})
     else:
         show(*plan_tables(plan, workers, packed))
+
+
+def planned(sweep: str, overrides: list[str] | None, corpus_tokens: int | None) -> Plan:
+    """The plan of a study directory, or, with progress, of a sweep by name or path. Raises UserError as these do."""
+    from llamax.config.sweep import load_sweep
+    from llamax.console import step_progress
+    from llamax.sweep.plan import make_plan
+    from llamax.sweep.study import read_study
+
+    if (Path(sweep) / "plan.json").is_file():
+        return read_study(Path(sweep))
+    with step_progress() as progress:
+        return make_plan(load_sweep(sweep, overrides or []), corpus_tokens=corpus_tokens, progress=progress)
 
 
 @app.command("run")
@@ -115,8 +124,8 @@ def sweep_next(
     """The next budget of a study, its sizes centred on what the finished runs say."""
     from llamax.config.load import dump_yaml
     from llamax.errors import UserError
-    from llamax.fitting import LEDGER_COLUMNS, usable_runs
-    from llamax.report.ledger import ledger
+    from llamax.fitting import LEDGER_COLUMNS
+    from llamax.report.ledger import ledger, usable_runs
     from llamax.sweep.design import ladder_of
     from llamax.sweep.design_report import next_tables
     from llamax.sweep.next import next_cells, next_spec, prior_of, propose, study_sizes

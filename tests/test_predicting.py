@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from llamax.cli import app
 from llamax.errors import UserError
-from llamax.predicting import register_prediction, score_all
+from llamax.predicting import finished, register_prediction, score_all
 from llamax.scaling import fit_frame
 from llamax.scaling.register import data_digest, read_predictions
 from tests.report.make_study import BUDGETS, law, make_study, optimum
@@ -90,3 +90,13 @@ def test_what_cannot_be_done_is_said(table: Path, words: list[str], message: str
     extra = ["--columns", COLUMNS] if "--score" in words or "-1" in words else []
     with pytest.raises(UserError, match=message):
         command(str(table), *words, *extra)
+
+
+def test_a_trunk_is_neither_fitted_nor_an_answer() -> None:
+    """Its learning rate has not decayed, so its loss is not that of its size and tokens."""
+    frame = pd.DataFrame(
+        {"run": ["a", "b", "c"], "status": ["done", "done", "failed"], "stage": ["trunk", "branch", None]}
+    )
+    assert list(finished(frame)["run"]) == ["b"]
+    assert list(finished(frame.drop(columns="stage"))["run"]) == ["a", "b"]
+    assert len(finished(frame[["run"]])) == 3

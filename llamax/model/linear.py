@@ -121,12 +121,19 @@ def _backward(inputs: int, compute: str, saved: tuple[Array, Array], g: Array) -
         g, w, (tuple(range(batch, batch + outputs)), tuple(range(inputs, w.ndim))), compute, x.dtype, (E5M2, E4M3)
     )
     rows = tuple(range(batch)), tuple(range(batch))
+
+    def direct(x: Array, g: Array) -> Array:
+        return _general(x, g, rows, compute, w.dtype, (E4M3, E5M2))
+
+    def narrow_first(x: Array, g: Array) -> Array:
+        # The barrier keeps the compiler from turning the product, in bfloat16 into one that its CPU runtime cannot run.
+        dw = jax.lax.optimization_barrier(_general(g, x, rows, compute, w.dtype, (E5M2, E4M3)))
+        return dw.transpose(*range(outputs, w.ndim), *range(outputs))
+
     if math.prod(x.shape[batch:]) <= math.prod(g.shape[batch:]):
-        return dx, _general(x, g, rows, compute, w.dtype, (E4M3, E5M2))
-    # A sum over rows turns its left operand on a CPU, a copy: the narrower of the two goes there.
-    # The barrier keeps the compiler from turning the product, in bfloat16 into one that its CPU runtime cannot run.
-    dw = jax.lax.optimization_barrier(_general(g, x, rows, compute, w.dtype, (E5M2, E4M3)))
-    return dx, dw.transpose(*range(outputs, w.ndim), *range(outputs))
+        return dx, direct(x, g)
+    # A CPU turns the left operand of a sum over rows, a copy: the narrower of the two goes there.
+    return dx, jax.lax.platform_dependent(x, g, cpu=narrow_first, default=direct)
 
 
 _contract.defvjp(_forward, _backward)

@@ -103,6 +103,19 @@ def curves(path: str | Path, *, evals: bool = False) -> pd.DataFrame:
     return frame
 
 
+def usable_runs(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The finished runs of a ledger that a law may be fitted to, and in words which were left out."""
+    words = []
+    if "stage" not in frame:  # a table of another version, or of somebody else
+        frame = frame.assign(stage=None)
+    good = (frame["status"] == "done") & (frame["stage"] != "trunk")
+    if (~good).any():
+        why = frame["status"].where(frame["status"] != "done", "a trunk: its learning rate has not decayed")
+        left = ", ".join(f"{name} ({reason})" for name, reason in zip(frame["run"][~good], why[~good], strict=True))
+        words.append(f"left out of the fit: {left}")
+    return frame[good], words
+
+
 def save_ledger(frame: pd.DataFrame, file: str | Path) -> Path:
     """Write a ledger as CSV or Parquet, by the suffix of `file`; the parent folder is made.
 

@@ -7,9 +7,6 @@ claims, a hash chain), `align_curves` and what follows it (loss curves).
 
 `law` and `LAWS` are the registry of laws; `served_allocation`, `limited_allocation` and `allocate` say what to train
 when training is not all; `approach2_bias` what an isoFLOP design gets wrong without any noise.
-
-`law` and `LAWS` are the registry of laws; `served_allocation`, `limited_allocation` and `allocate` say what to train
-when training is not all; `approach2_bias` what an isoFLOP design gets wrong without any noise.
 """
 
 from llamax.scaling.ablation import Ablation, ablation

@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from llamax.errors import UserError
 from llamax.scaling.centred import PRIOR_WIDTH, Centred
-from llamax.scaling.engine import Objective
+from llamax.scaling.engine import Objective, Search
 from llamax.scaling.laws import ChinchillaLaw, CoupledLaw, Law, Number, plain
 from llamax.scaling.projection import project, project_many
 
@@ -30,11 +30,8 @@ class ParametricFit:
     """A parametric fit with what is needed to trust it or not.
 
     objective: the minimised sum (`sums` says of what). residuals: log measured - log fitted `[runs]`. scatter: mean
-    absolute residual as the objective sees them. starts / starts_at_best: how many starts were tried and how many ended
-    within 0.01 % of the best objective; start_ratios: the median and the worst start's objective over the best.
-    projected: E, A, B were solved for at every alpha, beta (variable projection). bounds_hit: names of parameters at a
-    bound. condition: condition number of the column-scaled Jacobian at the optimum (1 is ideal; above 1000 parameters
-    trade off against each other).
+    absolute residual as the objective sees them. search: what became of the starts, bounds and conditioning. projected:
+    E, A, B were solved for at every alpha, beta (variable projection).
     """
 
     law: Law
@@ -43,12 +40,8 @@ class ParametricFit:
     n_points: int
     residuals: np.ndarray
     scatter: float
-    starts: int
-    starts_at_best: int
-    bounds_hit: tuple[str, ...]
-    condition: float
+    search: Search
     warnings: tuple[str, ...]
-    start_ratios: tuple[float, float] = (1.0, 1.0)
     projected: bool = False
 
     @property
@@ -104,12 +97,7 @@ class ParametricFit:
             "n_points": self.n_points,
             "aic": self.aic,
             "residual_percent": plain(100 * residual_scale(self)),
-            "starts": self.starts,
-            "starts_at_best": self.starts_at_best,
-            "starts_median_ratio": plain(self.start_ratios[0]),
-            "starts_worst_ratio": plain(self.start_ratios[1]),
-            "bounds_hit": list(self.bounds_hit),
-            "condition": plain(self.condition),
+            **self.search.as_dict(),
             "warnings": list(self.warnings),
         }
 
@@ -214,12 +202,7 @@ def _result(
     projected: bool = False,
 ) -> ParametricFit:
     n, d, loss = runs
-    norms = np.linalg.norm(jacobian, axis=0)
-    condition = float(np.linalg.cond(jacobian / np.where(norms > 0, norms, 1.0)))
-    at_best = int(np.sum(objectives <= objective * (1 + 1e-4) + 1e-12))
-    least = objectives.min() or 1.0
-    coupled = isinstance(law, CoupledLaw)
-    words = _warnings(n, d, len(objectives), at_best, bounds_hit, condition, coupled=coupled)
+    search = Search.of(objectives, objective, bounds_hit, jacobian)
     return ParametricFit(
         law=law,
         objective=objective,
@@ -227,12 +210,8 @@ def _result(
         n_points=len(loss),
         residuals=np.log(loss) - np.log(np.asarray(law.loss(n, d))),
         scatter=scatter,
-        starts=len(objectives),
-        starts_at_best=at_best,
-        bounds_hit=bounds_hit,
-        condition=condition,
-        warnings=tuple(words),
-        start_ratios=(float(np.median(objectives) / least), float(objectives.max() / least)),
+        search=search,
+        warnings=tuple(_warnings(n, d, search, coupled=isinstance(law, CoupledLaw))),
         projected=projected,
     )
 
@@ -314,9 +293,7 @@ def _number(value: Any) -> Number:
     return value if value.ndim else float(value)
 
 
-def _warnings(
-    n: np.ndarray, d: np.ndarray, starts: int, at_best: int, hit: tuple[str, ...], condition: float, *, coupled: bool
-) -> list[str]:
+def _warnings(n: np.ndarray, d: np.ndarray, search: Search, *, coupled: bool) -> list[str]:
     words = []
     if len(n) < 15:
         words.append(f"only {len(n)} runs for {'six' if coupled else 'five'} parameters: the fit follows noise")
@@ -325,12 +302,5 @@ def _warnings(
         for name, v in (("n", n), ("d", d))
         if v.max() < 4 * v.min()
     ]
-    if at_best == 1:
-        words.append(f"only one of {starts} starts reached the best objective: it may not be the global minimum")
-    words += [f"{name} ran into its bound: these data do not determine it" for name in hit]
-    if condition > 1000:
-        words.append(
-            f"the parameters trade off against each other (condition number {condition:.3g}): trust predictions near "
-            "the data, not single parameters"
-        )
+    words += search.words()
     return [f"{CoupledLaw.label}: {word}" for word in words] if coupled else words

@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import Float
 
 from llamax.errors import UserError
+from llamax.scaling.laws import plain
 
 BLOCK = 32  # members of one compiled call: its arrays stay in cache, and it ends when its slowest member does
 STALLED = 6  # steps without a gain that end a member; the damping grows five-fold in each
@@ -60,6 +61,69 @@ class Objective:
             "lad": f"sum of |{r}|",
             "mse": f"sum of ({r})^2",
         }[self.method]
+
+
+@dataclass(frozen=True)
+class Search:
+    """How far the optimum of a fit can be trusted: what became of its starts, its bounds, and its conditioning.
+
+    starts_at_best: starts that reached the objective to 1e-4. start_ratios: median and largest objective of the starts
+    over the least one. bounds_hit: names of parameters at a bound. condition: condition number of the Jacobian with
+    columns of length 1.
+    """
+
+    starts: int
+    starts_at_best: int
+    start_ratios: tuple[float, float]
+    bounds_hit: tuple[str, ...]
+    condition: float
+
+    @classmethod
+    def of(
+        cls,
+        objectives: Float[np.ndarray, "starts"],
+        objective: float,
+        bounds_hit: tuple[str, ...],
+        jacobian: Float[np.ndarray, "runs parameters"],
+    ) -> "Search":
+        """The search whose starts ended at `objectives` (not all finite, perhaps) and whose best is `objective`."""
+        norms = np.linalg.norm(jacobian, axis=0)
+        finite = objectives[np.isfinite(objectives)]
+        least = finite.min() or 1.0
+        return cls(
+            starts=len(objectives),
+            starts_at_best=int(np.sum(finite <= objective * (1 + 1e-4) + 1e-12)),
+            start_ratios=(float(np.median(finite) / least), float(finite.max() / least)),
+            bounds_hit=bounds_hit,
+            condition=float(np.linalg.cond(jacobian / np.where(norms > 0, norms, 1.0))),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values; what is not finite is None."""
+        median, worst = self.start_ratios
+        return {
+            "starts": self.starts,
+            "starts_at_best": self.starts_at_best,
+            "starts_median_ratio": plain(median),
+            "starts_worst_ratio": plain(worst),
+            "bounds_hit": list(self.bounds_hit),
+            "condition": plain(self.condition),
+        }
+
+    def words(self) -> list[str]:
+        """What of it is worth a warning."""
+        words = []
+        if self.starts_at_best == 1 and self.starts > 1:
+            words.append(
+                f"only one of {self.starts} starts reached the best objective: it may not be the global minimum"
+            )
+        words += [f"{name} ran into its bound: these data do not determine it" for name in self.bounds_hit]
+        if self.condition > 1000:
+            words.append(
+                f"the parameters trade off against each other (condition number {self.condition:.3g}): trust "
+                "predictions near the data, not single parameters"
+            )
+        return words
 
 
 @dataclass(frozen=True)

@@ -153,12 +153,11 @@ def fit_frame(
 
     budget: column of the nominal compute budget; None leaves approach 2 out. run: column that names a run or a cluster
     of runs, when one has several rows (checkpoints), so that the bootstrap draws clusters. vertex: of a valley of
-    approach 2, parabola or akima. method, log, delta: the
-    objective of approach 3 (`fit_approach3`). laws: which of `approach3` and `coupled` to fit. bootstrap: resamples (0
-    = no intervals). seed_noise: the runs stay and every draw of a parametric law gives them new normal noise of this
-    size around the law, in log loss, or of the size that "replicates" of equal n and d show. The same table and seed
-    give the same numbers. Raises UserError for what cannot be fitted at all; whatever else is doubtful is in the
-    warnings.
+    approach 2, parabola or akima. method, log, delta: the objective of approach 3 (`fit_approach3`). laws: which of
+    `approach3` and `coupled` to fit. bootstrap: resamples (0 = no intervals). seed_noise: the runs stay and every draw
+    of a parametric law gives them new normal noise of this size around the law, in log loss, or of the size that
+    "replicates" of equal n and d show. The same table and seed give the same numbers. Raises UserError for what cannot
+    be fitted at all; whatever else is doubtful is in the warnings.
     """
     if not set(approaches) <= {2, 3} or not approaches:
         raise UserError(f"approaches: {list(approaches)}; choose from 2 and 3")

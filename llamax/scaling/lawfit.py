@@ -11,10 +11,10 @@ import pandas as pd
 
 from llamax.errors import UserError
 from llamax.scaling.bootstrap import as_list, interval, resample_counts
-from llamax.scaling.engine import Objective, Predict, Task
+from llamax.scaling.engine import Objective, Predict, Search, Task
 from llamax.scaling.laws import plain
 from llamax.scaling.lawspec import LawSpec
-from llamax.scaling.table import unit_words
+from llamax.scaling.table import as_numbers, drop_rows, unit_words
 
 STARTS = 32
 
@@ -23,7 +23,7 @@ STARTS = 32
 class LawFit:
     """A fitted law of the registry: its parameters by name, and what is needed to trust them or not.
 
-    Fields as in `ParametricFit`; data: the columns it was fitted to; u: the optimum in the engine's coordinates
+    Fields as in `ParametricFit`; task: the columns it was fitted to; u: the optimum in the engine's coordinates
     (logarithms where the parameter has the log flag).
     """
 
@@ -32,11 +32,7 @@ class LawFit:
     u: np.ndarray
     objective: float
     residuals: np.ndarray
-    starts: int
-    starts_at_best: int
-    start_ratios: tuple[float, float]
-    bounds_hit: tuple[str, ...]
-    condition: float
+    search: Search
     warnings: tuple[str, ...]
 
     @property
@@ -65,12 +61,7 @@ class LawFit:
             "method": sums.method,
             "delta": sums.delta if sums.method == "huber" else None,
             "n_points": self.n_points,
-            "starts": self.starts,
-            "starts_at_best": self.starts_at_best,
-            "starts_median_ratio": plain(self.start_ratios[0]),
-            "starts_worst_ratio": plain(self.start_ratios[1]),
-            "bounds_hit": list(self.bounds_hit),
-            "condition": plain(self.condition),
+            **self.search.as_dict(),
             "warnings": list(self.warnings),
         }
 
@@ -122,26 +113,11 @@ def fit_law(
     residuals, jacobian = task.describe(u)
     if not np.isfinite(residuals).all():
         raise UserError(f"law {spec.name}: no start gives finite numbers on these columns; check their units")
-    norms = np.linalg.norm(jacobian, axis=0)
-    condition = float(np.linalg.cond(jacobian / np.where(norms > 0, norms, 1.0)))
     objective = task.value(residuals)
-    finite = objectives[np.isfinite(objectives)]
-    at_best = int(np.sum(finite <= objective * (1 + 1e-4) + 1e-12))
-    least = finite.min() or 1.0
-    hit = task.bounds_hit(u)
-    return LawFit(
-        spec,
-        task,
-        u,
-        objective,
-        residuals,
-        len(points),
-        at_best,
-        (float(np.median(finite) / least), float(finite.max() / least)),
-        hit,
-        condition,
-        tuple(_words(spec, task.runs, len(points), at_best, hit, condition)),
-    )
+    search = Search.of(objectives, objective, task.bounds_hit(u), jacobian)
+    words = [f"only {task.runs} runs for {len(spec.names)} parameters: the fit follows noise"]
+    words = (words if task.runs < 3 * len(spec.names) else []) + search.words()
+    return LawFit(spec, task, u, objective, residuals, search, tuple(words))
 
 
 def bootstrap_law(
@@ -182,20 +158,8 @@ def law_table(spec: LawSpec, frame: pd.DataFrame, named: Mapping[str, str]) -> t
     extra = [name for name in ("run", "budget") if named.get(name) in frame]
     table = pd.DataFrame({name: frame[named.get(name, name)].to_numpy() for name in [*wanted, *extra]})
     for name in wanted:
-        numbers = pd.to_numeric(table[name], errors="coerce")
-        if (text := numbers.isna() & table[name].notna()).any():
-            raise UserError(f"column {named.get(name, name)!r}: {table[name][text].iloc[0]!r} is not a number")
-        table[name] = numbers.astype(float)
-    words = []
-    keep = np.isfinite(table[wanted].to_numpy(float)).all(1) & table.notna().all(axis=1).to_numpy()
-    if not keep.all():
-        words.append(f"NaN rows dropped: {int((~keep).sum())} of {len(keep)} (missing or not finite)")
-    table = table[keep]
-    if (repeated := table.duplicated(wanted)).any():
-        words.append(
-            f"duplicated runs dropped: {int(repeated.sum())} rows repeat the numbers of another and are kept once"
-        )
-    table = table[~repeated].reset_index(drop=True)
+        table[name] = as_numbers(table[name], named.get(name, name))
+    table, words = drop_rows(table, wanted)
     if {"n", "d"} <= set(wanted) and spec.target == "loss":
         units = table.assign(flops=6 * table["n"] * table["d"])
         words += unit_words(units) if (table[["n", "d", "loss"]] > 0).all(axis=None) else []
@@ -240,18 +204,3 @@ def _coordinates(spec: LawSpec, params: np.ndarray) -> np.ndarray:
 def _natural(spec: LawSpec, u: np.ndarray) -> np.ndarray:
     logs = np.array([p.log for p in spec.parameters])
     return np.where(logs, np.exp(np.where(logs, u, 0.0)), u)
-
-
-def _words(spec: LawSpec, runs: int, starts: int, at_best: int, hit: tuple[str, ...], condition: float) -> list[str]:
-    words, count = [], len(spec.names)
-    if runs < 3 * count:
-        words.append(f"only {runs} runs for {count} parameters: the fit follows noise")
-    if at_best == 1 and starts > 1:
-        words.append(f"only one of {starts} starts reached the best objective: it may not be the global minimum")
-    words += [f"{name} ran into its bound: these data do not determine it" for name in hit]
-    if condition > 1000:
-        words.append(
-            f"the parameters trade off against each other (condition number {condition:.3g}): trust predictions near "
-            "the data, not single parameters"
-        )
-    return words

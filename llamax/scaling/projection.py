@@ -7,7 +7,6 @@ arXiv:2603.22339). Residuals are in nats per token. Two dimensions in place of f
 
 import itertools
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -109,6 +108,6 @@ def _predict(u: Any, data: Any, weights: Any, target: Any) -> Any:
     return _basis(u, data) @ _solve(u, data, weights, target)
 
 
-@partial(jax.jit)
+@jax.jit
 def _coefficients(exponents: Any, data: Any, weights: Any, targets: Any) -> Any:
     return jax.vmap(_solve, in_axes=(0, None, 0, 0))(exponents, data, weights, targets)

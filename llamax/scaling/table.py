@@ -66,8 +66,8 @@ def clean(
     table = pd.DataFrame({name: frame[column].to_numpy() for name, column in named.items()})
     numbers: list[str] = [name for name in ("n", "d", "flops", "loss") if name in named]
     for name in numbers:
-        table[name] = _numbers(table[name], str(named[name]))
-    table, words = _drop(table, numbers)
+        table[name] = as_numbers(table[name], str(named[name]))
+    table, words = drop_rows(table, numbers)
     for name in numbers:
         bad = table[name] <= 0
         if bad.any():
@@ -79,7 +79,8 @@ def clean(
     return table, words + unit_words(table)
 
 
-def _numbers(column: pd.Series, name: str) -> pd.Series:
+def as_numbers(column: pd.Series, name: str) -> pd.Series:
+    """The column as floats. Raises UserError naming the column, `name` in the table, for text in it."""
     values = pd.to_numeric(column, errors="coerce")
     text = values.isna() & column.notna()
     if text.any():
@@ -87,7 +88,9 @@ def _numbers(column: pd.Series, name: str) -> pd.Series:
     return values.astype(float)
 
 
-def _drop(table: pd.DataFrame, numbers: list[str]) -> tuple[pd.DataFrame, list[str]]:
+def drop_rows(table: pd.DataFrame, numbers: list[str]) -> tuple[pd.DataFrame, list[str]]:
+    """The table without rows in which something is missing or a number not finite, and without repeats of `numbers`;
+    in words, how many. Raises UserError when no row is left."""
     words = []
     keep = np.isfinite(table[numbers].to_numpy(float)).all(1) & table.notna().all(axis=1).to_numpy()
     if not keep.all():

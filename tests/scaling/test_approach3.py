@@ -40,7 +40,7 @@ def test_recovers_a_known_law(law):
     for name, value in law.as_dict().items():
         assert fit.as_dict()["params"][name] == pytest.approx(value, rel=1e-4), name
     assert fit.objective < 1e-12
-    assert fit.starts_at_best > fit.starts / 2
+    assert fit.search.starts_at_best > fit.search.starts / 2
     assert fit.warnings == ()
 
 
@@ -123,7 +123,7 @@ def test_what_the_data_cannot_tell_is_said_in_words():
     assert "only 10 runs" in words
     n, d, _ = columns(isoflop(sizes=6))
     same_data = fit_approach3(n, d, 1.0 + 50 / n**0.3 * np.exp(0.001 * np.random.default_rng(0).normal(size=len(n))))
-    assert {"B", "beta"} & set(same_data.bounds_hit)
+    assert {"B", "beta"} & set(same_data.search.bounds_hit)
     assert any("ran into its bound" in w for w in same_data.warnings)
     narrow = isoflop(span=1.2, budgets=(1e12, 1.3e12, 1.5e12), sizes=6, noise=1e-3)
     assert any("spans less than a factor" in w for w in fit_approach3(*columns(narrow)).warnings)

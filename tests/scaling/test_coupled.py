@@ -94,7 +94,7 @@ def test_recovers_a_known_law(law):
     for name, value in law.as_dict().items():
         assert fit.as_dict()["params"][name] == pytest.approx(value, rel=2e-3), name
     assert fit.objective < 1e-11
-    assert fit.starts_at_best > fit.starts / 2
+    assert fit.search.starts_at_best > fit.search.starts / 2
     assert fit.warnings == ()
 
 
@@ -133,7 +133,7 @@ def test_the_published_chinchilla_runs_are_no_worse():
     runs = chinchilla_runs()
     fit = fit_coupled(*runs)
     assert fit.objective <= fit_approach3(*runs).objective * (1 + 1e-9)
-    assert fit.starts_at_best > 1
+    assert fit.search.starts_at_best > 1
 
 
 def test_refit_with_weights_is_a_fit_of_repeated_rows(monkeypatch):
@@ -150,7 +150,7 @@ def test_refit_with_weights_is_a_fit_of_repeated_rows(monkeypatch):
 def test_what_the_data_cannot_tell_is_said_in_words():
     kaplan = quickstart(replace(BENT, E=1e-9, gamma=0.4, alpha=0.7, beta=0.8), noise=0.0)
     fit = fit_coupled(*columns(kaplan))
-    assert "E" in fit.bounds_hit
+    assert "E" in fit.search.bounds_hit
     assert "the coupled law: E ran into its bound: these data do not determine it" in fit.warnings
     with pytest.raises(UserError, match="6 runs; the law has 6 parameters, so give at least 7"):
         fit_coupled(*(v[::3][:6] for v in columns(isoflop())))

@@ -14,10 +14,9 @@ import llamax
 from llamax.config.load import run_from_data, validate
 from llamax.config.sweep import SweepConfig
 from llamax.errors import UserError
-from llamax.fitting import usable_runs
 from llamax.report.branching import costs
 from llamax.report.html import write_report
-from llamax.report.ledger import ledger_table
+from llamax.report.ledger import ledger_table, usable_runs
 from llamax.sweep.attempt import progress_path
 from llamax.sweep.claim import claim
 from llamax.sweep.local import run_local
