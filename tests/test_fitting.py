@@ -246,7 +246,7 @@ def test_four_thousand_refits_in_twenty_seconds(tmp_path: Path) -> None:
         # themselves it agrees within 1 %: tests/scaling/test_bootstrap.py).
         tolerance = check["tol_rel"]["se"] * (2 if name == "B" else 1)
         assert result["standard_errors"][name] == pytest.approx(value, rel=tolerance), name
-    assert seconds < 20, seconds  # of processor time, so that what runs beside it hardly counts; on two cores it is less
+    assert seconds < 20, seconds  # of processor time, so that what runs beside it hardly counts
 
 
 def test_served_models_and_scarce_data(tmp_path: Path) -> None:
