@@ -217,7 +217,7 @@ def _mesh(settings: list[str]) -> Mesh | None:
     if not settings:
         return None
     from llamax.config.load import validate
-    from llamax.config.run import MeshConfig
+    from llamax.config.mesh import MeshConfig
     from llamax.mesh.rules import make_mesh
 
     sizes: dict[str, Any] = {"data": 1}

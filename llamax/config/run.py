@@ -15,6 +15,7 @@ from pydantic import (
 
 from llamax.config.base import Frozen
 from llamax.config.components import Fraction
+from llamax.config.mesh import MeshConfig
 from llamax.config.model import ModelConfig
 
 
@@ -218,31 +219,7 @@ class Schedule(Frozen):
         return warmup, min(round(self.decay * total_steps), total_steps - max(warmup, 1))
 
 
-# ---------------------------------------------------------------- mesh, train, checkpoint, log
-class MeshConfig(Frozen):
-    """Devices along each mesh axis; -1 on one axis takes all that the others leave. `rules` names a preset in
-    configs/meshes.
-
-    `kernels`: auto takes the devices' own attention kernel wherever it covers a layer, none the reference everywhere.
-    """
-
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    expert: int = 1
-    rules: str = "default"
-    kernels: Literal["auto", "none"] = "auto"
-
-    @model_validator(mode="after")
-    def _sizes(self) -> MeshConfig:
-        sizes = {axis: getattr(self, axis) for axis in ("data", "fsdp", "tensor", "expert")}
-        if bad := [f"{axis}={size}" for axis, size in sizes.items() if size < 1 and size != -1]:
-            raise ValueError(f"{bad[0]} is not a device count; give a positive number, or -1 for all remaining devices")
-        if list(sizes.values()).count(-1) > 1:
-            raise ValueError("only one mesh axis can be -1; give the others a number")
-        return self
-
-
+# ---------------------------------------------------------------- train, checkpoint, log
 class TrainConfig(Frozen):
     """The step and its horizon, which is exactly one of `steps`, `tokens`, `tokens_per_param`, `flops`.
 

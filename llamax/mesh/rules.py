@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llamax.config.files import find, read_yaml
-from llamax.config.run import MeshConfig
+from llamax.config.mesh import MeshConfig
 from llamax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor", "expert")

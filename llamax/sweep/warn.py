@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from llamax.config.run import MeshConfig
+from llamax.config.mesh import MeshConfig
 from llamax.config.sweep import SweepConfig
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec
 
-from llamax.config.run import MeshConfig, RunConfig
+from llamax.config.mesh import MeshConfig
+from llamax.config.run import RunConfig
 from llamax.errors import UserError
 from llamax.mesh.rules import AXES, Rules, batch_sharding, batch_ways, load_rules, make_mesh, spec_of
 from llamax.train.state import abstract_state
