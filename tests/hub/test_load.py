@@ -18,8 +18,8 @@ import pytest
 
 import llamax
 from llamax.config.load import run_from_data, validate
-from llamax.config.model import ModelConfig
 from llamax.config.mesh import MeshConfig
+from llamax.config.model import ModelConfig
 from llamax.errors import UserError
 from llamax.hub import load as hub_load
 from llamax.hub.convert import export_run, import_run
