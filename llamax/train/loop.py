@@ -378,17 +378,8 @@ class _Session:
     def _progress(self, step: int, phase: str) -> None:
         rate, tokens = self.rate, self.record.tokens_per_step
         left = (self.horizon.steps - step) * tokens / rate if rate else None
-        self.report(
-            Progress(
-                step=step,
-                steps=self.horizon.steps,
-                tokens=step * tokens,
-                loss=self.loss,
-                tokens_per_second=rate,
-                seconds_left=left,
-                phase=phase,
-            )
-        )
+        done: dict[str, Any] = {"step": step, "steps": self.horizon.steps, "tokens": step * tokens, "phase": phase}
+        self.report(Progress(**done, loss=self.loss, tokens_per_second=rate, seconds_left=left))
 
     def _say(self, text: str) -> None:
         if self.job.leader:

@@ -41,8 +41,8 @@ def test_kinds_add_up_to_the_clock():
 
 
 def test_a_kill_costs_what_came_after_the_checkpoint():
-    """100 s to the checkpoint, 40 s more, killed; 60 s later the next session takes 7 s to start and is killed after 3 s
-    of training; 10 s later a third one starts from the same checkpoint."""
+    """100 s to the checkpoint, 40 s more, killed; 60 s later the next session takes 7 s to start and is killed after
+    3 s of training; 10 s later a third one starts from the same checkpoint."""
     saved = {"start": 10.0, "compile": 20.0, "step": 70.0}
     last = {"time": 1000.0, "step": 9, "seconds": {**saved, "step": 105.0, "evaluation": 5.0}}
     before = carried(saved, last, now=1060.0)
