@@ -36,7 +36,6 @@ from llamax.train.run_dir import Run, open_run, read_time
 from llamax.train.setup import (
     Common,
     batches_of,
-    check_same_data,
     dispatch_shapes,
     held_out,
     load_dispatch,
@@ -76,8 +75,7 @@ def train(
     """
     start()
     chosen = Precision(*job.agree(begun_with(config, run_dir, jax.devices() if devices is None else devices)))
-    common = share(config, devices)
-    check_same_data(common, job)
+    common = share(config, devices, job)
     with ThreadPoolExecutor(1, "compile") as beside:  # XLA compiles on the cores that restoring leaves idle
         program: list[Future[Dispatch]] = []
 
