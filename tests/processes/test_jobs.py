@@ -29,11 +29,6 @@ from tests.train.runs import BATCH, SEQ, run_config, write_texts
 
 STEPS, ONE_LAYER = 40, "model.segments=[{repeat: 1}]"
 SHORT = (f"train.steps={STEPS}", "train.eval_every_steps=15", "train.steps_per_dispatch=5", ONE_LAYER)
-    f"train.steps={STEPS}",
-    "train.eval_every_steps=15",
-    "train.steps_per_dispatch=5",
-    "model.segments=[{repeat: 1}]",
-)
 ENDLESS = ("train.steps_per_dispatch=1", "train.steps=100000", "mesh.data=-1")
 
 
