@@ -2,6 +2,7 @@
 
 rows      a file that gets the rows of training and held-out batches that this process read, as JSON
 versions  {package: version} that this process believes to have installed
+faults    what goes wrong and when (see moments.py), noted in the file `log`
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ def main() -> None:
             at_step(asked[name], lambda step, signal=signal: raise_signal(signal))
     if "raise_at" in asked:
         at_step(asked["raise_at"], fail)
+    if asked.get("faults"):
+        from tests.processes.moments import arm
+
+        arm(asked["faults"], Path(asked["log"]))
     from llamax.cli import main as llamax
 
     llamax()

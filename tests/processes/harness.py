@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llamax.train.run_dir import read_metrics
+from tests.processes.forked import Forked
 
 ROOT = Path(__file__).parents[2]
 DRIVER = Path(__file__).with_name("driver.py")
@@ -45,7 +46,7 @@ def free_port() -> int:
 class Job:
     """Processes of one job, in order of their index, and their logs."""
 
-    processes: list[subprocess.Popen[bytes]]
+    processes: list[subprocess.Popen[bytes] | Forked]
     logs: list[Path]
     ended: dict[int, float] = field(default_factory=dict)  # when each was seen to have ended (time.monotonic)
 
@@ -54,15 +55,18 @@ class Job:
         self.processes[index].send_signal(number)
         return time.monotonic()
 
-    def wait(self, limit: float = LIMIT) -> list[int]:
+    def running(self) -> list[int]:
+        """Those that have not ended; notes when the others were first seen to."""
+        for index, process in enumerate(self.processes):
+            if index not in self.ended and process.poll() is not None:
+                self.ended[index] = time.monotonic()
+        return [index for index in range(len(self.processes)) if index not in self.ended]
+
+    def wait(self, limit: float = LIMIT) -> list[int | None]:
         """The exit codes (negative: the signal). Kills what is left at the limit and fails, with the logs."""
         until = time.monotonic() + limit
-        while len(self.ended) < len(self.processes):
-            for index, process in enumerate(self.processes):
-                if index not in self.ended and process.poll() is not None:
-                    self.ended[index] = time.monotonic()
+        while hanging := self.running():
             if time.monotonic() > until:
-                hanging = [i for i in range(len(self.processes)) if i not in self.ended]
                 for index in hanging:
                     self.processes[index].kill()
                 for index in hanging:
@@ -107,11 +111,13 @@ def start(
     each: Mapping[int, Mapping[str, str]] | None = None,
     faults: Mapping[int, Mapping[str, object]] | None = None,
     places: bool = True,
+    fork: bool = False,
 ) -> Job:
     """Start `llamax WORDS` in `count` processes of one job, each with `devices` simulated devices.
 
     `each` adds environment variables to one of them; `faults` tells the driver of one what to do wrong; with
-    places=False no process is told its place (`each` does). Logs go to `folder`.
+    places=False no process is told its place (`each` does). With fork=True they are forks of this process, which must
+    have no backend of JAX (forked.py). Logs go to `folder`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port() if port is None else port
@@ -119,7 +125,8 @@ def start(
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("LLAMAX_", "SLURM_", "JOB_"))}
     common = {**clean, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     common["LLAMAX_CACHE"] = os.environ["LLAMAX_CACHE"]
-    processes, logs = [], []
+    processes: list[subprocess.Popen[bytes] | Forked] = []
+    logs = []
     for index in range(count):
         place = {
             "LLAMAX_COORDINATOR": f"127.0.0.1:{port}",
@@ -128,17 +135,20 @@ def start(
         }
         env = {**common, **(place if places else {}), **((each or {}).get(index) or {})}
         log = folder / f"process-{index}.err"
+        logs.append(log)
         command = [sys.executable, str(DRIVER), json.dumps((faults or {}).get(index) or {}), *map(str, words)]
         with log.open("wb") as err, log.with_suffix(".out").open("wb") as out:
+            if fork:
+                processes.append(Forked(command[1:], env, out, err))
+                continue
             processes.append(
                 subprocess.Popen(command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
             )
-        logs.append(log)
     atexit.register(_kill, processes)
     return Job(processes, logs)
 
 
-def _kill(processes: list[subprocess.Popen[bytes]]) -> None:
+def _kill(processes: list[subprocess.Popen[bytes] | Forked]) -> None:
     """Leave nothing behind, however the tests end."""
     for process in processes:
         if process.poll() is None:
