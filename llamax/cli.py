@@ -10,7 +10,18 @@ from typing import Annotated
 
 import typer
 
-from llamax import ablating, converting, curving, fitting, generating, predicting, profiling, studying, sweeping
+from llamax import (
+    ablating,
+    converting,
+    curving,
+    fitting,
+    generating,
+    launching,
+    predicting,
+    profiling,
+    studying,
+    sweeping,
+)
 from llamax.console import Json, Overrides, StudyPath
 from llamax.console import emit as _emit
 from llamax.console import print_json as _print_json
@@ -33,6 +44,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(model_app, name="model")
 app.add_typer(config_app, name="config")
 app.command("fit")(fitting.fit)
+app.command("launch")(launching.launch)
 app.command("generate")(generating.generate)
 app.command("profile")(profiling.profile)
 app.command("curves")(curving.curves)
