@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
 import os
-import platform
 import signal
-import socket
 import sys
 import threading
 import time
@@ -16,20 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-
-@functools.cache
-def machine() -> str:
-    """An opaque name of this boot of this machine as this process sees it: host, boot id and process-id namespace.
-
-    Two containers on one host differ, because a process id of one says nothing about the other.
-    """
-    boot = _read("/proc/sys/kernel/random/boot_id")
-    try:
-        namespace = os.readlink("/proc/self/ns/pid")
-    except OSError:
-        namespace = ""
-    text = "\0".join((socket.gethostname(), platform.system(), boot, namespace))
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+from llamax.train.lock import machine
 
 
 def started(pid: int) -> str | None:

@@ -76,9 +76,7 @@ def cluster() -> Iterator[None]:
             running.enter_context(_daemon(command, folder))
             if command[0] == "munged" and not _within(10, (folder / "munge.sock").exists):
                 pytest.skip(f"munge does not start: {_tail(folder / 'munged.out')}")
-        if not _within(
-            30, lambda: run("sinfo", "-h", "-N", "-p", "low,short", "-o", "%T", check=False).count("idle") == 3
-        ):
+        if not _within(30, lambda: run("sinfo", "-h", "-N", "-o", "%T", "-p", "low,short", check=False) == 3 * "idle\n"):
             pytest.skip(f"SLURM does not start: {_tail(folder / 'slurmctld.out')} {run('sinfo', check=False)}")
         try:
             yield
@@ -107,7 +105,7 @@ def lose(node: str) -> None:
     run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
 
 
-def wait_for(what: str, condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+def wait_for(what: str, condition: Callable[[], Any], seconds: float = 120.0) -> Any:
     """The first true value of `condition`; fails after `seconds`."""
     found: list[Any] = []
     if not _within(seconds, lambda: bool(found.append(condition()) or found[-1])):
