@@ -21,10 +21,7 @@ from llamax import (
     profiling,
     studying,
     sweeping,
-<<<<<<< HEAD
-=======
     training,
->>>>>>> processes
 )
 from llamax.console import Json, Overrides, StudyPath
 from llamax.console import emit as _emit

@@ -28,11 +28,13 @@ from llamax.sweep.plan import make_plan
 from llamax.sweep.status import status
 from llamax.sweep.study import open_study
 from tests.launch.cluster import cluster, lose, run, wait_for
+from tests.processes.harness import free_port
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "PYTHONPATH": str(ROOT)}
-STEPS = 2500
+TWO = {"nodes": 2, "env": WORKER | {"LLAMAX_COORDINATOR": f"127.0.0.1:{free_port()}"}}  # n0 is no name in DNS
+STEPS = 500
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,7 +52,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plan_of(store: Path, seeds: list[int], steps: int = STEPS) -> Any:
-    train = {"steps": steps, "seq_len": 16, "batch_size": 4, "steps_per_dispatch": 4}
+    train = {"steps": steps, "seq_len": 64, "batch_size": 32, "steps_per_dispatch": 2}
     base = {
         "model": {"base": "ladder/d16", "max_seq_len": 64},
         "train": train,
@@ -63,11 +65,16 @@ def plan_of(store: Path, seeds: list[int], steps: int = STEPS) -> Any:
 
 @pytest.fixture(scope="module")
 def uninterrupted(store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The metrics of seed 0, trained in one go by a worker of this machine."""
+    """The metrics of seed 0, trained in one go by a worker of two processes on this machine."""
     study = tmp_path_factory.mktemp("whole") / "study"
     plan = open_study(study, plan_of(store, [0]))
+    place = {"LLAMAX_COORDINATOR": f"127.0.0.1:{free_port()}", "LLAMAX_PROCESSES": "2"}
     command = [sys.executable, "-m", "llamax.sweep.worker", str(study)]
-    subprocess.run(command, env=os.environ | WORKER, check=True, timeout=300, cwd=ROOT)
+    both = [
+        subprocess.Popen(command, env=os.environ | WORKER | place | {"LLAMAX_PROCESS": str(i)}, cwd=ROOT)
+        for i in range(2)
+    ]
+    assert [process.wait(300) for process in both] == [0, 0]
     return losses(study / plan.cells[0].run_name)
 
 
@@ -106,12 +113,12 @@ def test_a_preempted_worker_goes_back_and_resumes_bit_for_bit(
 ) -> None:
     study = tmp_path / "study"
     plan = plan_of(store, [0])
-    _, (id,) = launch(study, plan, "slurm", settings(partition="low"))
+    _, (id,) = launch(study, plan, "slurm", settings(partition="low", **TWO))
     job = f"{id}_0"
     wait_for("the worker trains", lambda: row_of(study)["step"] > 20)
     with pytest.raises(UserError, match="has workers already"):
         launch(study, plan, "slurm", settings())
-    run("sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    run("sbatch", "-p", "high", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
     wait_for("the worker is back in the queue", lambda: state_of(job) == "PENDING")
     stopped = row_of(study)
     found = holder(study, plan.cells[0].name)
@@ -131,11 +138,10 @@ def test_a_worker_whose_node_is_lost_runs_elsewhere(
 ) -> None:
     study = tmp_path / "study"
     plan = plan_of(store, [0])
-    _, (id,) = launch(study, plan, "slurm", settings(partition="low"))
+    _, (id,) = launch(study, plan, "slurm", settings(partition="low", **TWO))
     job = f"{id}_0"
     wait_for("the worker trains", lambda: row_of(study)["step"] > 20)
-    node = run("squeue", "-h", "-j", job, "-o", "%N").strip()
-    lose(node)
+    lose(run("scontrol", "show", "hostnames", run("squeue", "-h", "-j", job, "-o", "%N").strip()).split()[1])
     start_again(job)
     wait_for("the cell is done", lambda: row_of(study)["state"] == "done")
     assert claims(study, plan.cells[0].name) == 2
@@ -145,7 +151,7 @@ def test_a_worker_whose_node_is_lost_runs_elsewhere(
 def test_the_time_limit_puts_a_worker_back(store: Path, tmp_path: Path) -> None:
     study = tmp_path / "study"
     plan = plan_of(store, [0], steps=1_000_000)
-    _, (id,) = launch(study, plan, "slurm", settings(partition="short", hours=1 / 60))
+    _, (id,) = launch(study, plan, "slurm", settings(hours=1 / 60))
     job = f"{id}_0"
     wait_for("the worker trains", lambda: row_of(study)["step"] > 20)
     wait_for("the worker is back in the queue", lambda: state_of(job) == "PENDING", 120)

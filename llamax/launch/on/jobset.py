@@ -21,6 +21,7 @@ from llamax.errors import UserError
 from llamax.launch.clients import call, need
 from llamax.launch.protocol import Env, Job, Shape
 from llamax.launch.protocol import Settings as Common
+from llamax.sweep.crew import AGAIN, ASKED
 
 PORT = 8476  # of process 0, where the others meet
 LONGEST = 40  # of a JobSet's name: pods add "-workers-0-<host>-<5 letters>" and labels end at 63
@@ -165,8 +166,8 @@ def manifest(study: str, settings: Settings, name: str) -> dict[str, Any]:
 
 
 # A worker needs all of its processes, so one pod lost is its job failed, and started again whole. A pod whose node is
-# taken (DisruptionTarget), or that was asked to stop and has saved (143), fails it for a reason of its own: PodFailure-
-# Policy. Those restarts are not counted; all others, of crashes, are.
+# taken (DisruptionTarget), or whose worker says that it is to be started again (llamax/sweep/crew.py), fails it for a
+# reason of its own: PodFailurePolicy. Those restarts are not counted; all others, of crashes, are.
 _RESTARTS = [
     {
         "name": "disrupted",
@@ -176,7 +177,7 @@ _RESTARTS = [
 ]
 _DISRUPTIONS = [
     {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-    {"action": "FailJob", "onExitCodes": {"containerName": "worker", "operator": "In", "values": [143]}},
+    {"action": "FailJob", "onExitCodes": {"containerName": "worker", "operator": "In", "values": [AGAIN, ASKED]}},
 ]
 
 

@@ -20,7 +20,7 @@ from llamax.launch.protocol import Env, Job, Shape
 from llamax.launch.protocol import Settings as Common
 
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:@&|*\[\]()/=+-]+$")]
-NOTHING = frozenset({"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "ENDED"})
+OVER = frozenset({"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "NODE_FAIL"})
 
 
 class Settings(Common):
@@ -106,7 +106,8 @@ def script(study: str, settings: Settings, launch: int) -> str:
             "",
             *settings.setup,
             *exports,
-            f"for try in {' '.join(str(i + 1) for i in range(settings.tries))}; do",
+            "try=1",
+            f"while [ $try -le {settings.tries} ]; do",
             f"  {shlex.join([*start, study])}",
             "  code=$?",
             *_AFTER.splitlines(),
@@ -117,11 +118,12 @@ def script(study: str, settings: Settings, launch: int) -> str:
     )
 
 
-# A worker exits with 0 when nothing is left, 2 on bad input, 143 when asked to stop. A job that ends within the grace
-# of a preemption counts as failed, so it is put back here; one that the user cancelled is completing and stays ended.
+# What the exit codes mean: llamax/sweep/worker.py. A job that ends within the grace of a preemption counts as failed,
+# so it is put back here; one that the user cancelled is completing by now, and stays ended.
 _AFTER = """\
   case $code in
     0 | 2) exit "$code" ;;
+    3) continue ;;
     143)
       case $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) in
         CANCELLED | COMPLETING) ;;
@@ -129,7 +131,8 @@ _AFTER = """\
       esac
       exit "$code" ;;
   esac
-  echo "the worker ended with code $code (try $try)" >&2"""
+  echo "the worker ended with code $code (try $try)" >&2
+  try=$((try + 1))"""
 
 
 def check(settings: Settings) -> None:
@@ -155,7 +158,7 @@ def jobs(settings: Settings, ids: Sequence[str]) -> list[Job]:
                 raise
             text = ""
         rows = [line.strip().split("|", 2) for line in text.splitlines() if line.strip()]
-        found += [Job(element, state, state not in NOTHING, note) for element, state, note in rows]
+        found += [Job(element, state, state not in OVER, note) for element, state, note in sorted(rows, key=_order)]
         found += [] if rows else [Job(id, "ENDED", False)]
     return found
 
@@ -163,6 +166,11 @@ def jobs(settings: Settings, ids: Sequence[str]) -> list[Job]:
 def cancel(settings: Settings, ids: Sequence[str]) -> None:
     """`scancel`: workers save and give their leases back as far as SLURM's KillWait lets them."""
     call(["scancel", *ids])
+
+
+def _order(row: Sequence[str]) -> tuple[int, ...]:
+    """5_2 before 5_10."""
+    return tuple(int(part) for part in row[0].split("_") if part.isdigit())
 
 
 def _given(settings: Settings) -> list[tuple[str, str]]:
