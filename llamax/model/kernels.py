@@ -27,7 +27,7 @@ def host_of(devices: Iterable[Any]) -> Host:
     devices = list(devices)
     first = devices[0]
     gpu = first.platform == "gpu"
-    platform = ("cuda" if "cuda" in first.client.platform_version else "rocm") if gpu else first.platform
+    platform = ("rocm" if "rocm" in first.client.platform_version else "cuda") if gpu else first.platform
     capability = min(float(device.compute_capability) for device in devices) if platform == "cuda" else 0.0
     return Host(platform, capability, len(devices))
 
