@@ -23,8 +23,10 @@ def plan_lines(plan: dict[str, Any]) -> Iterator[str]:
         f"{train['compute_dtype']} products"
     )
     seconds = plan["compile"]["seconds"]
+    yield f"  {plan['compiler']}"
     yield (
-        f"  {plan['compiler']}: lowered in {seconds['lower']:.0f} s, compiled in {seconds['compile']:.0f} s, "
+        f"  lowered in {seconds['lower']:.0f} s, compiled in {seconds['compile']:.0f} s "
+        f"({plan['compile']['processor_seconds']:.0f} processor seconds in all), "
         f"peak {plan['compile']['peak_host_bytes'] / GIB:.1f} GiB of this host"
     )
     yield ""

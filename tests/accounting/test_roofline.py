@@ -37,8 +37,8 @@ def test_a_line_sends_one_way() -> None:
 
 
 def test_an_exchange_is_limited_by_the_bisection() -> None:
-    """On a ring of 16 every device sends half of its 16 GB across the cut of two links in each direction: 8 devices x 16
-    GB x 1/2 / (2 x 45 GB/s)."""
+    """On a ring of 16 every device sends half of its 16 GB across the cut, which has two links each way: 8 devices x 16
+    GB / 2 / (2 x 45 GB/s)."""
     flat = find_topology("v5e:16x16")
     ring = [(0, y) for y in range(16)]
     assert collective_seconds("all-to-all", 16 * GB, ring, flat) == pytest.approx(8 * 16 / 2 / 90)

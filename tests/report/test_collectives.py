@@ -132,7 +132,8 @@ ENTRY %main (x: f32[64,8]) -> f32[16,8] {
 
 
 def test_type_bytes() -> None:
-    text = "(f32[4,128]{1,0:T(8,128)}, bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, pred[7]{0}, /*index=3*/s4[8]{0:S(1)}, f8e4m3fn[5])"
+    text = "(f32[4,128]{1,0:T(8,128)}, bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, pred[7]{0}, "
+    text += "/*index=3*/s4[8]{0:S(1)}, f8e4m3fn[5])"
     assert type_bytes(text) == 2048 + 12 + 7 + 4 + 5
     assert type_bytes(text, "") == 2048 + 7 + 5
     assert type_bytes(text, "S(1)") == 12 + 4
@@ -156,7 +157,9 @@ def looped(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def test_traffic_of_straight_code_is_what_xla_counts() -> None:
     done = jax.jit(straight).lower(np.ones((256, 512), np.float32), np.ones((512, 128), np.float32)).compile()
-    assert memory_traffic(parse_program(done.as_text())) == pytest.approx(done.cost_analysis()["bytes accessed"], rel=0.01)
+    assert memory_traffic(parse_program(done.as_text())) == pytest.approx(
+        done.cost_analysis()["bytes accessed"], rel=0.01
+    )
 
 
 def test_traffic_of_a_loop_is_its_body_as_often_as_it_runs() -> None:
