@@ -17,6 +17,7 @@ from llamax import (
     fitting,
     generating,
     launching,
+    planning,
     predicting,
     profiling,
     studying,
@@ -47,6 +48,7 @@ app.add_typer(config_app, name="config")
 app.command("fit")(fitting.fit)
 app.command("launch")(launching.launch)
 app.command("generate")(generating.generate)
+app.command("plan")(planning.plan)
 app.command("profile")(profiling.profile)
 app.command("curves")(curving.curves)
 app.command("predict")(predicting.predict)
