@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llamax.console import Json, Overrides, StudyPath, print_json, show
+from llamax.console import Json, NewAtHand, Overrides, StudyPath, print_json, show
 
 if TYPE_CHECKING:
     from llamax.sweep.plan import Plan
@@ -24,7 +24,7 @@ Packing = Annotated[
 def sweep_plan(
     sweep: SweepSpec,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Write the plan as a study directory, ready to run.")] = None,
+    out: Annotated[Path | None, NewAtHand(help="Write the plan as a study directory, ready to run.")] = None,
     corpus_tokens: Annotated[int | None, typer.Option(help="Training tokens of the corpus, for epochs.")] = None,
     workers: Annotated[int, typer.Option(help="Workers to estimate the time for.")] = 1,
     pack: Packing = "auto",
@@ -65,7 +65,7 @@ def planned(sweep: str, overrides: list[str] | None, corpus_tokens: int | None) 
 def sweep_run(
     sweep: SweepSpec,
     overrides: Overrides = None,
-    directory: Annotated[Path | None, typer.Option("--dir", help="Study directory; default runs/<name>.")] = None,
+    directory: Annotated[Path | None, NewAtHand("--dir", help="Study directory; default runs/<name>.")] = None,
     workers: Annotated[int, typer.Option(help="Worker processes on this machine.")] = 1,
     retry_failed: Annotated[bool, typer.Option(help="Try failed cells again.")] = False,
     pack: Packing = "auto",

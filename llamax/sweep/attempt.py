@@ -79,7 +79,7 @@ def _settle(study: Path, lease: Lease, cell: Cell, end: End, emit: OnEvent) -> s
     if isinstance(end, dict):
         emit("done", cell.name, end)
         return "done"
-    if isinstance(end, LeaseLost) or lease.lost.is_set() or lease.successor.exists():
+    if isinstance(end, LeaseLost) or lease.lost.is_set() or lease.taken():
         emit("lost", cell.name, {})
         return "lost"
     if not isinstance(end, Exception):

@@ -31,6 +31,7 @@ import numpy as np
 
 from llamax.config.run import CheckpointConfig
 from llamax.errors import UserError
+from llamax.storage.copies import fill
 from llamax.train.digests import Damaged, verify_digests, write_digests
 from llamax.train.files import disk_cause, sync_folder
 from llamax.train.run_dir import CHECKPOINTS
@@ -253,6 +254,7 @@ def _newest_good(directory: Path, warn: Warn, step: int | None = None) -> tuple[
     bad: list[str] = []
     good: tuple[Found, dict[str, Any]] | None = None
     for item in found if _primary() else []:
+        fill(item.path)
         try:
             good = item, verify_digests(item.path)
             break

@@ -28,6 +28,7 @@ from llamax.mesh.start import start
 from llamax.train.branch import check_trunk, first_state
 from llamax.train.checkpoints import Checkpoints
 from llamax.train.evaluate import evaluate
+from llamax.train.mirror import stage
 from llamax.train.population import Answer, Ask, Coroutine, Seat, alone, whole
 from llamax.train.precision import Precision, begun_with, with_dtype
 from llamax.train.progress import Progress
@@ -47,7 +48,7 @@ Pending = tuple[int, dict[str, Any], Any]  # first step, metrics, steps run: sti
 
 
 def train(
-    config: RunConfig, run_dir: Path, *, report: Report | None = None, devices: list[jax.Device] | None = None
+    config: RunConfig, run_dir: str | Path, *, report: Report | None = None, devices: list[jax.Device] | None = None
 ) -> dict[str, Any]:
     """Train to the horizon, or resume to it, and return what result.json holds.
 
@@ -60,6 +61,7 @@ def train(
         Interrupted: a signal asked to stop; the same call resumes.
     """
     start()
+    run_dir = stage(run_dir, config.branch)
     chosen = begun_with(config, run_dir, jax.devices() if devices is None else devices)
     common = share(config, devices)
     with ThreadPoolExecutor(1, "compile") as beside:  # XLA compiles on the cores that restoring leaves idle
@@ -146,6 +148,7 @@ class _Session:
                 batches = self._load(step, None)
                 state = (yield Ask(state, batches, 0)).state
             with signals() as stop:
+                self.run_dir.watch(lambda: bool(stop))
                 if left:
                     state, cause = yield from self._train(state, step, batches, checkpoints, stop)
                 final = whole(state)

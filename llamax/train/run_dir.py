@@ -5,6 +5,7 @@
     checkpoints/    see checkpoints.py           result.json    written once, last; its presence means done
     tokenizer/      the tokenizer files of an imported model
     lock            held by the process that trains; the operating system releases it however the process ends
+    leases/         in its place where the run is in a bucket (see mirror.py)
 
 Every file is whole or absent at any moment, except that a crash may cut the last line of a .jsonl file.
 """
@@ -15,7 +16,7 @@ import datetime
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from llamax.config.run import IDENTITY, RunConfig
 from llamax.errors import UserError
 from llamax.train.env import environment
 from llamax.train.files import write_atomic, writing
+from llamax.train.mirror import Mirror, mirrored
 from llamax.train.rows import append_rows, drop_rows_after, plain, read_rows, repair_tail
 
 CONFIG, ENV, RESULT, LOCK = "config.yaml", "env.json", "result.json", "lock"
@@ -35,8 +37,8 @@ METRICS, EVALS, CHECKPOINTS, TOKENIZER = "metrics.jsonl", "evals.jsonl", "checkp
 class Run:
     """An open run directory. `writer` is False in all but the first of several JAX processes: they write nothing."""
 
-    def __init__(self, path: Path, writer: bool) -> None:
-        self.path, self._writer = path, writer
+    def __init__(self, path: Path, writer: bool, mirror: Mirror | None = None) -> None:
+        self.path, self._writer, self._mirror = path, writer, mirror
         self.newest: dict[str, dict[str, Any]] = {}  # the last row of each file, for a checkpoint to carry
 
     @property
@@ -50,10 +52,20 @@ class Run:
         return read_result(self.path)
 
     def log(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append rows, each with a `step`, to metrics.jsonl in one write. Raises UserError when the disk refuses."""
+        """Append rows, each with a `step`, to metrics.jsonl in one write. Raises UserError when the disk refuses.
+
+        Waits for a bucket that has been away for long.
+        """
+        if self._mirror is not None:
+            self._mirror.check()
         if self._writer and rows:
             append_rows(self.path / METRICS, rows)
             self.newest[METRICS] = plain(rows[-1])
+
+    def watch(self, stopping: Callable[[], bool]) -> None:
+        """Wait for no bucket once `stopping`."""
+        if self._mirror is not None:
+            self._mirror.stopping = stopping
 
     def log_eval(self, row: Mapping[str, Any]) -> None:
         """Append one row, with a `step`, to evals.jsonl, in place of one of that step: a resumed run evaluates again.
@@ -112,14 +124,14 @@ def open_run(
         return
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
+    with _locked(path), mirrored(path) as mirror:
         if is_run(path):
             _check_same_run(path, config, fingerprint)
         else:
             _check_unused(path)
         if read_result(path) is None:
             _start_session(path, config, fingerprint, precision)
-        yield Run(path, writer=True)
+        yield Run(path, writer=True, mirror=mirror)
 
 
 # ---------------------------------------------------------------- readers
