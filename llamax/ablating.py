@@ -56,7 +56,9 @@ def ablate_run(
     as_json: Json = False,
 ) -> None:
     """Train every variant, size and seed; the same command continues, and several may race on one study."""
-    if not (Path(spec) / "plan.json").is_file():
+    from llamax.storage.copies import at_hand
+
+    if not (at_hand(spec) / "plan.json").is_file():
         _spec(spec, overrides)
     sweep_run(spec, overrides, directory, workers, retry_failed, pack, as_json)
 

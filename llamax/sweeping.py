@@ -52,11 +52,12 @@ def planned(sweep: str, overrides: list[str] | None, corpus_tokens: int | None) 
     """The plan of a study directory, or, with progress, of a sweep by name or path. Raises UserError as these do."""
     from llamax.config.sweep import load_sweep
     from llamax.console import step_progress
+    from llamax.storage.copies import at_hand
     from llamax.sweep.plan import make_plan
     from llamax.sweep.study import read_study
 
-    if (Path(sweep) / "plan.json").is_file():
-        return read_study(Path(sweep))
+    if ((study := at_hand(sweep)) / "plan.json").is_file():
+        return read_study(study)
     with step_progress() as progress:
         return make_plan(load_sweep(sweep, overrides or []), corpus_tokens=corpus_tokens, progress=progress)
 
@@ -74,6 +75,7 @@ def sweep_run(
     """Train the cells of a sweep; any number of these commands may race on one study."""
     from llamax.config.sweep import load_sweep
     from llamax.console import step_progress
+    from llamax.storage.copies import at_hand
     from llamax.sweep.live import live
     from llamax.sweep.local import run_local
     from llamax.sweep.packing import parse_pack
@@ -82,7 +84,7 @@ def sweep_run(
     from llamax.sweep.tables import status_table
 
     how = parse_pack(pack)
-    path = Path(sweep)
+    path = at_hand(sweep)
     if not (path / "plan.json").is_file():
         spec = load_sweep(sweep, overrides or [])
         path = directory or Path("runs") / spec.name

@@ -199,9 +199,11 @@ def _client(scheme: str, name: str, pid: int) -> Client:
     library, extra = ("boto3", "s3") if scheme == "s3" else ("google-cloud-storage", "gcs")
     try:
         if scheme == "s3":
-            from llamax.storage.s3 import S3 as Provider
-        else:
-            from llamax.storage.gcs import GCS as Provider
+            from llamax.storage.s3 import S3
+
+            return S3(name)
+        from llamax.storage.gcs import GCS
+
+        return GCS(name)
     except ImportError:
         raise StorageError(f"{scheme}://{name}: needs {library}; pip install 'llamax[{extra}]'") from None
-    return Provider(name)

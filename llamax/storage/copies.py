@@ -99,12 +99,11 @@ class Copy:
 
     def changed(self) -> list[str]:
         """The files, but for checkpoints and what means nothing elsewhere, that differ from what the bucket has."""
-        names = (
-            Path(folder, name).relative_to(self.local).as_posix()
-            for folder, inner, files in os.walk(self.local)
-            for name in (_prune(inner) or files)
-        )
-        return [name for name in names if not _hidden(name) and self.differs(name)]
+        names: list[str] = []
+        for folder, inner, files in os.walk(self.local):
+            inner[:] = [name for name in inner if name not in (CHECKPOINTS, *NOT_READ) and not name.startswith(".")]
+            names += [Path(folder, name).relative_to(self.local).as_posix() for name in files if _travels(name)]
+        return [name for name in names if self.differs(name)]
 
     def differs(self, name: str) -> bool:
         """Whether a file was changed here since it was fetched or sent."""
@@ -261,14 +260,9 @@ def _plain(name: str) -> bool:
     return bool(name) and all(part not in ("", ".", "..") for part in name.split("/"))
 
 
-def _prune(inner: list[str]) -> None:
-    """Which folders `os.walk` need not enter."""
-    inner[:] = [name for name in inner if name not in (CHECKPOINTS, *NOT_READ) and not name.startswith(".")]
-
-
-def _hidden(name: str) -> bool:
-    last = name.rpartition("/")[2]
-    return last.startswith(".") or last in HERE_ALONE
+def _travels(name: str) -> bool:
+    """Whether a file of this name means anything elsewhere."""
+    return not name.startswith(".") and name not in HERE_ALONE
 
 
 def _in_threads(function: Callable[[T], Any], items: Iterable[T]) -> None:

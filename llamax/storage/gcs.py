@@ -12,6 +12,7 @@ import requests
 from google.api_core import exceptions as answers
 from google.auth import exceptions as auth
 from google.cloud import storage
+from requests.adapters import HTTPAdapter
 
 from llamax.storage.bucket import ABSENT, Conflict, Missing, Object, Reply, StorageError
 
@@ -29,6 +30,8 @@ class GCS:
             api = storage.Client(project=os.environ.get("GOOGLE_CLOUD_PROJECT", "llamax"))
         except auth.DefaultCredentialsError:
             raise StorageError(f"gs://{name}: no credentials for Google Cloud Storage; {KEYS}") from None
+        for scheme in ("http://", "https://"):
+            api._http.mount(scheme, HTTPAdapter(pool_maxsize=32))  # copies.py asks from sixteen threads
         self._bucket = api.bucket(name)
 
     def list(self, prefix: str) -> list[Object]:

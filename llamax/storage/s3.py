@@ -12,7 +12,12 @@ from botocore.config import Config
 
 from llamax.storage.bucket import ABSENT, Conflict, Missing, Object, Reply, StorageError
 
-CONFIG = Config(connect_timeout=5, read_timeout=30, retries={"total_max_attempts": 3, "mode": "standard"})
+CONFIG = Config(
+    connect_timeout=5,
+    read_timeout=30,
+    max_pool_connections=32,  # copies.py asks from sixteen threads, and a transfer from ten more
+    retries={"total_max_attempts": 3, "mode": "standard"},
+)
 KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 WRONG_KEYS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
 PASSING = {"SlowDown", "Throttling", "RequestTimeout", "RequestTimeTooSkewed", "ConditionalRequestConflict"}

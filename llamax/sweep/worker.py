@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from llamax.errors import UserError
+from llamax.storage.bucket import StorageError
+from llamax.storage.copies import at_hand, refresh
+from llamax.storage.places import address_of
 from llamax.sweep.attempt import OnEvent, ShouldStop, Stopped, Train, train_cells
 from llamax.sweep.claim import LEASE_SECONDS, Lease, claim
 from llamax.sweep.packing import NEVER, Pack, groups, parse_pack
@@ -26,7 +29,7 @@ from llamax.sweep.plan import Cell, Plan
 from llamax.sweep.process import cores, die_with, pin
 from llamax.sweep.study import can_begin, clear_failures, is_settled, orphaned, read_study, record_failure, select
 
-POLL_SECONDS = 0.5
+POLL_SECONDS, BUCKET_POLL_SECONDS = 0.5, 5.0
 EVENTS = ("start", "progress", "done", "failed", "lost", "waiting")
 Groups = dict[str, tuple[frozenset[str], int]]  # of a cell: the names in its group, and how many train together
 
@@ -64,7 +67,8 @@ def work(
         UserError: `study` is no study, or a name of `only` no cell.
         KeyboardInterrupt: interrupted; the lease is released and the same call continues.
     """
-    study, emit = Path(study), on_event or _silent
+    study, emit = at_hand(study), on_event or _silent
+    poll = POLL_SECONDS if address_of(study) is None else BUCKET_POLL_SECONDS
     names = None if only is None else list(only)
     ended: dict[str, list[str]] = {"done": [], "failed": []}
     if retry_failed:
@@ -73,6 +77,7 @@ def work(
     group = _grouped(study, pack, workers)
     waiting = False
     while True:
+        refresh(study, float("inf"))
         plan = read_study(study)
         todo = [c for c in select(plan, names) if not is_settled(study, c)]
         if not todo:
@@ -87,13 +92,17 @@ def work(
             if not waiting:
                 emit("waiting", todo[0].name, {"cells": len(todo)})
             waiting = True
-            time.sleep(POLL_SECONDS)
+            time.sleep(poll)
             continue
         waiting = False
         with ExitStack() as leases:
             for lease, _ in held:
                 leases.enter_context(lease)
-            outcomes = train_cells(study, held, run, emit, should_stop)
+            try:
+                outcomes = train_cells(study, held, run, emit, should_stop)
+            except StorageError as error:
+                print(f"waiting: {error}", file=sys.stderr, flush=True)
+                continue
         for (_, cell), outcome in zip(held, outcomes, strict=True):
             if outcome in ended:
                 ended[outcome].append(cell.name)
@@ -127,6 +136,8 @@ def _claim_next(study: Path, todo: Sequence[Cell], lease_seconds: float, group: 
         held: list[tuple[Lease, Cell]] = []
         for mate in mates:
             lease = claim(study, mate.name, lease_seconds=lease_seconds) if len(held) < size else None
+            if lease is not None:
+                refresh(study)
             if lease is not None and is_settled(study, mate):  # it ended between the look and the claim
                 lease.release()
             elif lease is not None:
