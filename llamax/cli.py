@@ -10,12 +10,23 @@ from typing import Annotated
 
 import typer
 
-from llamax import ablating, converting, curving, fitting, generating, predicting, profiling, studying, sweeping
+from llamax import (
+    ablating,
+    converting,
+    curving,
+    fitting,
+    generating,
+    predicting,
+    profiling,
+    studying,
+    sweeping,
+    training,
+)
 from llamax.console import Json, OnDisk, Overrides, RunPath, StudyPath, as_addresses, sending_back
 from llamax.console import emit as _emit
 from llamax.console import print_json as _print_json
 from llamax.console import show as _print
-from llamax.errors import Interrupted, UserError
+from llamax.errors import UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -85,34 +96,7 @@ def quickstart(
     _emit(result, as_json)
 
 
-@app.command()
-def train(
-    config: Annotated[str, typer.Argument(help="A shipped config (tiny) or a YAML path.")],
-    overrides: Overrides = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Where the run goes; the same command resumes it.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Train one run, or resume it; SIGTERM saves and exits."""
-    from llamax.config.load import load_run
-
-    resolved = load_run(config, overrides or [])
-    where = run_dir or Path("runs") / Path(config).stem / f"{Path(config).stem}-{resolved.hash8}"
-    from llamax.console import TrainProgress, print_run_plan
-    from llamax.storage.places import written
-    from llamax.train.loop import train as train_run
-
-    if not as_json:
-        print_run_plan(resolved, written(where))
-    try:
-        with TrainProgress() as progress:
-            result = train_run(resolved, where, report=progress)
-    except Interrupted as stop:
-        print(f"{stop}; the same command resumes {written(where)}", file=sys.stderr)
-        sys.exit(stop.exit_code)
-    _emit({**result, "run_dir": written(where)}, as_json)
-    if result["status"] == "diverged":
-        print(f"the run diverged: {result['cause']}", file=sys.stderr)
-        sys.exit(1)
+app.command("train")(training.train)
 
 
 @app.command("eval")

@@ -22,34 +22,61 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from llamax.config.files import cache_dir
 from llamax.config.run import Branch
 from llamax.errors import UserError
+from llamax.mesh.job import ALONE, Job
 from llamax.storage.bucket import LONGEST_PAUSE, Conflict, StorageError, retry_seconds
 from llamax.storage.copies import CHECKPOINTS, DIGESTS, LEASES, Copy, needed
 from llamax.storage.leases import Lease, LeaseLost, claim, holder
 from llamax.storage.places import address_of, is_staged, staging_of
+from llamax.train.lock import LOCK
 
-LOCK, RESULT, SENDING = "lock", "result.json", ".sending-"
+RESULT, SENDING, STAGED = "result.json", ".sending-", ".staged-"
 SEND_SECONDS = 10.0  # between two looks at what changed
 RUN_LEASE_SECONDS = 30.0
 _WHOLE = re.compile(r"\d+(\.temporary)?")
 
 
-def stage(run_dir: str | Path, branch: Branch | None = None) -> Path:
+def stage(run_dir: str | Path, branch: Branch | None = None, job: Job = ALONE) -> Path:
     """Where a run trains: `run_dir`, or for an address in a bucket its staging folder, brought up to date.
 
     The trunk of a `branch` is brought along. What only this machine has is kept, unless the run went on elsewhere.
 
+    The leader of a job does it for all its processes, which must see its cache folder.
+
     Raises:
-        UserError: the bucket refuses or does not answer.
+        UserError: the bucket refuses or does not answer, or the processes of a job do not share the cache folder.
     """
     where = address_of(run_dir)
     if where is None or is_staged(Path(run_dir)):
         return Path(run_dir)
-    if branch is not None:
-        _catch_up(f"{where.rpartition('/')[0]}/{branch.trunk}")
-    _catch_up(where)
-    return staging_of(where)
+    local, mark = staging_of(where), f"{STAGED}{os.urandom(6).hex()}"
+    if job.leader:
+        if branch is not None:
+            _catch_up(f"{where.rpartition('/')[0]}/{branch.trunk}")
+        _catch_up(where)
+        if job.count > 1:
+            for old in local.glob(f"{STAGED}*"):
+                old.unlink(missing_ok=True)
+            (local / mark).touch()
+    mark = job.agree(mark)
+    if job.count > 1 and not _appears(local / mark):
+        raise UserError(
+            f"{where}: process {job.index} does not see the folder in which process 0 prepares the run; "
+            f"set LLAMAX_CACHE (here {cache_dir()}) to a folder that all processes of the job share"
+        )
+    return local
+
+
+def _appears(path: Path, seconds: float = 5.0) -> bool:
+    """Whether a file is there, or comes: shared file systems may show it to other machines a little later."""
+    until = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def _catch_up(where: str) -> None:
