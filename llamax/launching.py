@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llamax.console import Json, Overrides, emit, lines, print_json, show
+from llamax.console import Json, NewAtHand, Overrides, as_addresses, emit, lines, print_json, show
 from llamax.sweeping import SweepSpec, planned
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def launch(
     overrides: Overrides = None,
     on: On = "local",
     settings: Set = None,
-    directory: Annotated[Path | None, typer.Option("--dir", help="Study directory; default runs/<name>.")] = None,
+    directory: Annotated[Path | None, NewAtHand("--dir", help="Study directory; default runs/<name>.")] = None,
     workers: Annotated[
         int | None, typer.Option(help="Workers that share the cells; short for --set workers=N.")
     ] = None,
@@ -35,13 +35,15 @@ def launch(
     """Hand a sweep's cells to workers, here or on a cluster; shows devices, hours and cost first."""
     from llamax.launch import launch as launches
     from llamax.launch.protocol import load_settings
+    from llamax.storage.copies import at_hand
     from llamax.sweep.status import status
     from llamax.sweep.tables import status_table
 
     texts = [*(settings or []), *([] if workers is None else [f"workers={workers}"])]
     launcher, chosen = load_settings(on, texts)
     plan = planned(sweep, overrides, None)
-    study = Path(sweep) if (Path(sweep) / "plan.json").is_file() else directory or Path("runs") / plan.spec.name
+    named = at_hand(sweep)
+    study = named if (named / "plan.json").is_file() else directory or Path("runs") / plan.spec.name
     result: dict[str, object] = {"study": str(study), "launcher": launcher}
     if dry_run:
         found, text = launches.preview(study, plan, launcher, chosen)
@@ -81,4 +83,4 @@ def _say(study: Path, launcher: str, found: Estimate) -> None:
         "cost": f"{'unknown' if found.dollars is None else f'${found.dollars:,.2f}'}; {found.rules['dollars']}",
     }
     for line in lines(rows):
-        print(line, file=sys.stderr)
+        print(as_addresses(line), file=sys.stderr)

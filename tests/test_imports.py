@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "llamax"
 ROWS = [
     {"errors"},
     {"config"},
+    {"storage"},
     {"accounting", "text"},
     {"mesh", "data", "model"},
     {"train"},

@@ -10,6 +10,7 @@ from llamax.errors import UserError
 from llamax.launch.estimate import Estimate, estimate
 from llamax.launch.protocol import Settings, find_launcher
 from llamax.launch.records import count, jobs, record
+from llamax.storage.places import address_of
 from llamax.sweep.plan import Plan
 from llamax.sweep.study import clear_failures, is_finished, is_settled, open_study
 from llamax.train.files import writing
@@ -74,5 +75,5 @@ def launch(
 
 
 def address(study: Path) -> str:
-    """The study as a worker on another machine finds it: the same path there."""
-    return str(study.absolute())
+    """The study as a worker on another machine finds it: its bucket, or the same path there."""
+    return address_of(study) or str(study.absolute())

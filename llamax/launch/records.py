@@ -15,6 +15,7 @@ from typing import Any
 from llamax.config.load import validate
 from llamax.errors import UserError
 from llamax.launch.protocol import Job, Launcher, Settings, find_launcher
+from llamax.storage.copies import publish
 from llamax.sweep.study import read_json
 from llamax.train.files import write_atomic
 
@@ -31,7 +32,9 @@ def record(study: Path, launcher: str, settings: Settings, ids: Sequence[str], t
     }
     folder = study / "launches"
     folder.mkdir(exist_ok=True)
-    write_atomic(folder / f"{count(study)}.json", json.dumps(data, indent=1))
+    path = folder / f"{count(study)}.json"
+    write_atomic(path, json.dumps(data, indent=1))
+    publish(path)
 
 
 def count(study: Path) -> int:

@@ -16,6 +16,7 @@ from llamax.report.ledger import curves, ledger
 from llamax.report.read import find_runs, number, read_object
 from llamax.scaling.laws import ChinchillaLaw, Cost, CoupledLaw, Law, optimal_allocation
 from llamax.scaling.register import ledger_path, read_predictions, scores
+from llamax.storage.copies import at_hand
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -148,8 +149,8 @@ def load_study(
     Raises:
         UserError: `path` is not a folder.
     """
-    runs, rows = ledger(path), curves(path)
-    root = Path(path)
+    root = at_hand(path)
+    runs, rows = ledger(root), curves(root)
     names = {"fits": fits, "timings": timings, "plan": None}
     parts, problems = {}, []
     for name, given in names.items():

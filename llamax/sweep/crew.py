@@ -16,6 +16,7 @@ from typing import Any
 
 from llamax.errors import Interrupted, UserError
 from llamax.mesh.job import Job
+from llamax.storage.copies import at_hand, refresh
 from llamax.sweep.study import read_study
 from llamax.train.progress import Progress
 
@@ -43,7 +44,9 @@ class Crew:
 
     def follow(self, study: Path, train: Train) -> int:
         """What the leader says, until it says the exit code."""
+        study = at_hand(study)
         while isinstance(order := self.job.agree(None), str):
+            refresh(study)
             cells = {cell.name: cell for cell in read_study(study).cells}
             if order not in cells:
                 raise UserError(f"{study}: process {self.job.index} sees no cell {order}; is the storage shared?")

@@ -20,8 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from llamax.errors import UserError
+<<<<<<< HEAD
 from llamax.mesh.job import ALONE, Job, start_processes
 from llamax.mesh.processes import find_processes
+=======
+from llamax.storage.bucket import StorageError
+from llamax.storage.copies import at_hand, refresh
+from llamax.storage.places import address_of
+>>>>>>> storage
 from llamax.sweep.attempt import OnEvent, ShouldStop, Stopped, Train, train_cells
 from llamax.sweep.claim import LEASE_SECONDS, Lease, claim
 from llamax.sweep.crew import AGAIN, ASKED, Crew
@@ -31,7 +37,7 @@ from llamax.sweep.process import cores, die_with, pin
 from llamax.sweep.study import can_begin, clear_failures, is_settled, orphaned, read_study, record_failure, select
 from llamax.train.env import versions
 
-POLL_SECONDS = 0.5
+POLL_SECONDS, BUCKET_POLL_SECONDS = 0.5, 5.0
 EVENTS = ("start", "progress", "done", "failed", "lost", "waiting")
 Groups = dict[str, tuple[frozenset[str], int]]  # of a cell: the names in its group, and how many train together
 
@@ -72,7 +78,8 @@ def work(
         KeyboardInterrupt: interrupted; the lease is released and the same call continues.
         SystemExit: one of several processes, and the cell failed or was lost: all are to be started again.
     """
-    study, emit = Path(study), on_event or _silent
+    study, emit = at_hand(study), on_event or _silent
+    poll = POLL_SECONDS if address_of(study) is None else BUCKET_POLL_SECONDS
     names = None if only is None else list(only)
     ended: dict[str, list[str]] = {"done": [], "failed": []}
     if retry_failed:
@@ -81,6 +88,7 @@ def work(
     group = _grouped(study, pack, workers)
     waiting = False
     while True:
+        refresh(study, float("inf"))
         plan = read_study(study)
         todo = [c for c in select(plan, names) if not is_settled(study, c)]
         if not todo:
@@ -95,14 +103,18 @@ def work(
             if not waiting:
                 emit("waiting", todo[0].name, {"cells": len(todo)})
             waiting = True
-            time.sleep(POLL_SECONDS)
+            time.sleep(poll)
             continue
         waiting = False
         with ExitStack() as leases:
             for lease, cell in held:
                 leases.enter_context(lease)
                 job.agree(cell.name)
-            outcomes = train_cells(study, held, run, emit, should_stop)
+            try:
+                outcomes = train_cells(study, held, run, emit, should_stop)
+            except StorageError as error:
+                print(f"waiting: {error}", file=sys.stderr, flush=True)
+                outcomes = ["away"] * len(held)
         for (_, cell), outcome in zip(held, outcomes, strict=True):
             if outcome in ended:
                 ended[outcome].append(cell.name)
@@ -138,6 +150,8 @@ def _claim_next(study: Path, todo: Sequence[Cell], lease_seconds: float, group: 
         held: list[tuple[Lease, Cell]] = []
         for mate in mates:
             lease = claim(study, mate.name, lease_seconds=lease_seconds) if len(held) < size else None
+            if lease is not None:
+                refresh(study)
             if lease is not None and is_settled(study, mate):  # it ended between the look and the claim
                 lease.release()
             elif lease is not None:

@@ -8,12 +8,8 @@ watches it for a while, which needs no clocks that agree, and takes over when it
 from __future__ import annotations
 
 import fcntl
-import functools
-import hashlib
 import json
 import os
-import platform
-import socket
 import sys
 import threading
 import time
@@ -22,29 +18,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llamax.errors import UserError
+from llamax.storage.identity import machine
 from llamax.train.files import writing
 
 LOCK = "lock"
 BEAT_SECONDS = 5.0
 BEATS_MISSED = 3
-
-
-@functools.cache
-def machine() -> str:
-    """An opaque name of this boot of this machine as this process sees it: host, boot id and process-id namespace.
-
-    Two containers on one host differ, because a process id of one says nothing about the other.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-    except OSError:
-        boot = ""
-    try:
-        namespace = os.readlink("/proc/self/ns/pid")
-    except OSError:
-        namespace = ""
-    text = "\0".join((socket.gethostname(), platform.system(), boot, namespace))
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @contextmanager

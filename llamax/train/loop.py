@@ -27,6 +27,7 @@ from llamax.train.branch import check_trunk, first_state
 from llamax.train.checkpoints import Checkpoints
 from llamax.train.evaluate import evaluate
 from llamax.train.goodput import Spent, carried
+from llamax.train.mirror import stage
 from llamax.train.population import Answer, Ask, Coroutine, Seat, alone, whole
 from llamax.train.precision import Precision, begun_with, with_dtype
 from llamax.train.progress import Progress
@@ -49,7 +50,7 @@ Pending = tuple[int, dict[str, Any], Any]  # first step, metrics, steps run: sti
 
 def train(
     config: RunConfig,
-    run_dir: Path,
+    run_dir: str | Path,
     *,
     report: Report | None = None,
     devices: list[jax.Device] | None = None,
@@ -67,6 +68,7 @@ def train(
         Interrupted: a signal asked to stop; the same call resumes.
     """
     start()
+    run_dir = stage(run_dir, config.branch, job)
     chosen = Precision(*job.agree(begun_with(config, run_dir, jax.devices() if devices is None else devices)))
     common = share(config, devices)
     _check_data(common, job)
@@ -176,6 +178,7 @@ class _Session:
                 with self.spent.on("compile"):
                     state = (yield Ask(state, batches, 0)).state
             with signals() as stop:
+                self.run_dir.watch(lambda: bool(stop))
                 if left:
                     state, cause = yield from self._train(state, step, batches, checkpoints, stop)
                 final = whole(state)
