@@ -20,14 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from llamax.errors import UserError
-<<<<<<< HEAD
 from llamax.mesh.job import ALONE, Job, start_processes
 from llamax.mesh.processes import find_processes
-=======
 from llamax.storage.bucket import StorageError
 from llamax.storage.copies import at_hand, refresh
 from llamax.storage.places import address_of
->>>>>>> storage
 from llamax.sweep.attempt import OnEvent, ShouldStop, Stopped, Train, train_cells
 from llamax.sweep.claim import LEASE_SECONDS, Lease, claim
 from llamax.sweep.crew import AGAIN, ASKED, Crew

@@ -16,8 +16,11 @@ from llamax.data.batches import TrainBatches, eval_batches
 from llamax.data.open import open_data
 from llamax.data.store import Store
 from llamax.errors import UserError
+from llamax.mesh.job import Job
 from llamax.mesh.rules import Rules, batch_sharding, batch_ways, load_rules, make_mesh
 from llamax.mesh.slices import on_mesh, rows_of
+from llamax.train.precision import Precision
+from llamax.train.remat import rematerialization
 from llamax.train.state import TrainState, abstract_state, initializer
 
 
@@ -46,6 +49,16 @@ def share_places(config: RunConfig, devices: list[jax.Device] | None = None) -> 
     mesh = make_mesh(config.mesh, devices)
     _check_batch(config, batch_ways(rules, mesh))
     return rules, mesh, abstract_state(config, rules, mesh)
+
+
+def check_same_data(common: Common, job: Job) -> None:
+    """Raises UserError in a process whose data are not the leader's."""
+    leaders = job.agree(common.store.fingerprint)
+    if leaders != common.store.fingerprint:
+        raise UserError(
+            f"{common.store.path}: the data's fingerprint is {common.store.fingerprint[:12]} in process {job.index} "
+            f"and {leaders[:12]} in process 0; train from one store that all processes read (data.store)"
+        )
 
 
 def batches_of(config: RunConfig, common: Common) -> TrainBatches:
@@ -97,6 +110,12 @@ def dispatch_shapes(config: RunConfig, common: Common) -> tuple[TrainState, dict
     names = ["tokens", "segments"] if config.data.mask_documents else ["tokens"]
     batches = {name: jax.ShapeDtypeStruct(shape, np.int32, sharding=place) for name in names}
     return common.abstract, batches, jax.ShapeDtypeStruct((), np.int32)
+
+
+def notes(asked: str, chosen: Precision, config: RunConfig, mesh: Mesh) -> list[str]:
+    """What a run says before it compiles: what its config left to the machine (`asked` is its own compute_dtype)."""
+    found = [f"products in {chosen.dtype}: {chosen.why}"] if asked == "auto" else []
+    return found + ([rematerialization(config, mesh)[1]] if config.train.remat == "auto" else [])
 
 
 def _check_vocabulary(config: RunConfig, store: Store) -> None:

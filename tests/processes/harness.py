@@ -24,7 +24,7 @@ from llamax.train.run_dir import read_metrics
 
 ROOT = Path(__file__).parents[2]
 DRIVER = Path(__file__).with_name("driver.py")
-LIMIT = 120.0  # seconds after which a process counts as hanging
+LIMIT = 600.0  # seconds after which a process counts as hanging; it may share its processor with many
 
 
 def free_port() -> int:
@@ -120,11 +120,17 @@ def start(
     common["LLAMAX_CACHE"] = os.environ["LLAMAX_CACHE"]
     processes, logs = [], []
     for index in range(count):
-        place = {"LLAMAX_COORDINATOR": f"127.0.0.1:{port}", "LLAMAX_PROCESSES": str(count), "LLAMAX_PROCESS": str(index)}
+        place = {
+            "LLAMAX_COORDINATOR": f"127.0.0.1:{port}",
+            "LLAMAX_PROCESSES": str(count),
+            "LLAMAX_PROCESS": str(index),
+        }
         env = {**common, **(place if places else {}), **((each or {}).get(index) or {})}
         log = folder / f"process-{index}.err"
         command = [sys.executable, str(DRIVER), json.dumps((faults or {}).get(index) or {}), *map(str, words)]
         with log.open("wb") as err, log.with_suffix(".out").open("wb") as out:
-            processes.append(subprocess.Popen(command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=err))
+            processes.append(
+                subprocess.Popen(command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+            )
         logs.append(log)
     return Job(processes, logs)
