@@ -40,7 +40,9 @@ class Crew:
 
     def trains(self, train: Train) -> Train:
         """`train` with the others."""
-        return train if self.job.count == 1 else lambda *cell, report: self._train(train, *cell, report)
+        if self.job.count == 1:
+            return train
+        return lambda config, run_dir, report: self._train(train, config, run_dir, report)
 
     def follow(self, study: Path, train: Train) -> int:
         """What the leader says, until it says the exit code."""

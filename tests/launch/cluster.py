@@ -104,7 +104,7 @@ def lose(node: str) -> None:
     run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
 
 
-def wait_for(what: str, condition: Callable[[], Any], seconds: float = 240.0) -> Any:
+def wait_for(what: str, condition: Callable[[], Any], seconds: float = 300.0) -> Any:
     """The first true value of `condition`; fails after `seconds`."""
     found: list[Any] = []
     if not _within(seconds, lambda: bool(found.append(condition()) or found[-1])):

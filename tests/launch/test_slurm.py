@@ -34,7 +34,7 @@ pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "PYTHONPATH": str(ROOT)}
 TWO = {"nodes": 2, "env": WORKER | {"LLAMAX_COORDINATOR": f"127.0.0.1:{free_port()}"}}  # n0 is no name in DNS
-STEPS = 500
+STEPS = 160  # of some 40 ms on two free cores: a signal comes in the middle, not after the end
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,12 +52,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plan_of(store: Path, seeds: list[int], steps: int = STEPS) -> Any:
-    train = {"steps": steps, "seq_len": 64, "batch_size": 32, "steps_per_dispatch": 2}
+    train = {"steps": steps, "seq_len": 128, "batch_size": 64, "steps_per_dispatch": 2}
     base = {
-        "model": {"base": "ladder/d16", "max_seq_len": 64},
+        "model": {"base": "ladder/d16", "max_seq_len": 128},
         "train": train,
         "data": {"store": str(store), "eval_tokens": 256},
-        "log": {"every_steps": 10},
+        "log": {"every_steps": 5},
     }
     data = {"name": "study", "base": base, "axes": [{"kind": "seeds", "values": seeds}]}
     return make_plan(validate(SweepConfig, data, "test"))
@@ -74,7 +74,11 @@ def uninterrupted(store: Path, tmp_path_factory: pytest.TempPathFactory) -> list
         subprocess.Popen(command, env=os.environ | WORKER | place | {"LLAMAX_PROCESS": str(i)}, cwd=ROOT)
         for i in range(2)
     ]
-    assert [process.wait(300) for process in both] == [0, 0]
+    try:
+        assert [process.wait(600) for process in both] == [0, 0]
+    finally:
+        for process in both:
+            process.kill()
     return losses(study / plan.cells[0].run_name)
 
 
@@ -115,7 +119,7 @@ def test_a_preempted_worker_goes_back_and_resumes_bit_for_bit(
     plan = plan_of(store, [0])
     _, (id,) = launch(study, plan, "slurm", settings(partition="low", **TWO))
     job = f"{id}_0"
-    wait_for("the worker trains", lambda: row_of(study)["step"] > 20)
+    wait_for("the worker trains", lambda: row_of(study)["step"] > 8)
     with pytest.raises(UserError, match="has workers already"):
         launch(study, plan, "slurm", settings())
     run("sbatch", "-p", "high", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
@@ -123,7 +127,7 @@ def test_a_preempted_worker_goes_back_and_resumes_bit_for_bit(
     stopped = row_of(study)
     found = holder(study, plan.cells[0].name)
     assert stopped["state"] == "pending"
-    assert 20 < stopped["step"] < STEPS
+    assert 8 < stopped["step"] < STEPS
     assert found is not None
     assert found.record.get("released"), "it gave its lease back, so that nobody waits for it"
     start_again(job)
@@ -140,7 +144,7 @@ def test_a_worker_whose_node_is_lost_runs_elsewhere(
     plan = plan_of(store, [0])
     _, (id,) = launch(study, plan, "slurm", settings(partition="low", **TWO))
     job = f"{id}_0"
-    wait_for("the worker trains", lambda: row_of(study)["step"] > 20)
+    wait_for("the worker trains", lambda: row_of(study)["step"] > 8)
     lose(run("scontrol", "show", "hostnames", run("squeue", "-h", "-j", job, "-o", "%N").strip()).split()[1])
     start_again(job)
     wait_for("the cell is done", lambda: row_of(study)["state"] == "done")
@@ -153,7 +157,7 @@ def test_the_time_limit_puts_a_worker_back(store: Path, tmp_path: Path) -> None:
     plan = plan_of(store, [0], steps=1_000_000)
     _, (id,) = launch(study, plan, "slurm", settings(hours=1 / 60))
     job = f"{id}_0"
-    wait_for("the worker trains", lambda: row_of(study)["step"] > 20)
+    wait_for("the worker trains", lambda: row_of(study)["step"] > 8)
     wait_for("the worker is back in the queue", lambda: state_of(job) == "PENDING", 120)
     assert row_of(study)["state"] == "pending"
     assert list((study / plan.cells[0].run_name / "checkpoints").glob("[0-9]*")), "it saved"

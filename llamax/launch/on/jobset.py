@@ -63,7 +63,7 @@ class Settings(Common):
     context: str | None = None
     queue: Name | None = None
     spot: bool = False
-    restarts: NonNegativeInt = 3
+    restarts: NonNegativeInt = 6
     claim: Claim | None = None
     service_account: Name | None = None
     env: Env = Field(default_factory=dict)

@@ -47,7 +47,7 @@ class Settings(Common):
     hours: PositiveFloat | None = None
     exclusive: bool = False
     signal_seconds: Annotated[int, Field(ge=10, le=65535)] = 120
-    tries: PositiveInt = 3
+    tries: PositiveInt = 6
     setup: tuple[str, ...] = ()
     env: Env = Field(default_factory=dict)
     options: tuple[Annotated[str, Field(pattern=r"^--[^\n]+$")], ...] = ()
