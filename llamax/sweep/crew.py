@@ -22,7 +22,6 @@ from llamax.train.progress import Progress
 
 AGAIN = 3  # exit code: start this worker again
 ASKED = 143  # exit code: asked to stop, all saved; 128 + SIGTERM
-PEER_SECONDS = 4.0  # in which a job ends a process whose collective failed because another died
 OWN_SECONDS = 15.0  # in which the leader finds by itself what went wrong in another process
 
 Train = Callable[..., Any]
@@ -68,13 +67,14 @@ class Crew:
                 os.kill(os.getpid(), signal.SIGTERM)
             report(progress)
 
+        import jax
+
         self._training = True
         try:
             return train(config, run_dir, report=reported, job=self.job)
-        except (UserError, Interrupted):
-            raise
-        except Exception:
-            time.sleep(PEER_SECONDS)
-            raise
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            self.job.fail(error)  # a collective, so a network or a process: a death (deaths.py), no failure of the cell
         finally:
             self._training = False

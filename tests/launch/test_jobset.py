@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from llamax.errors import UserError
 from llamax.launch.on import jobset
 from llamax.launch.on.jobset import Settings
 from llamax.launch.protocol import load_settings
+from tests.launch.conftest import Kubectl
 
 FIXTURE = Path(__file__).with_name("fixtures") / "jobset-v1alpha2.json"
 STUDY = "gs://bucket/runs/my_Study"
@@ -179,46 +178,6 @@ def test_storage_that_pods_cannot_see_is_refused() -> None:
 
 
 # ---------------------------------------------------------------- kubectl
-FAKE = """#!/usr/bin/env python3
-import json, os, sys
-folder = os.environ["FAKE_KUBECTL"]
-words = sys.argv[1:]
-with open(os.path.join(folder, "calls"), "a") as file:
-    print(json.dumps(words), file=file)
-answers = json.load(open(os.path.join(folder, "answers.json")))
-key = next((key for key in answers if key in words), None)
-if "create" in words and "-f" in words:
-    open(os.path.join(folder, "created.yaml"), "w").write(sys.stdin.read())
-code, out, err = answers.get(key, (0, "", ""))
-sys.stdout.write(out); sys.stderr.write(err); sys.exit(code)
-"""
-
-
-class Kubectl:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def answers(self, **answers: tuple[int, str, str]) -> None:
-        (self.folder / "answers.json").write_text(json.dumps({k.replace("_", "-"): v for k, v in answers.items()}))
-
-    @property
-    def calls(self) -> list[list[str]]:
-        return [json.loads(line) for line in (self.folder / "calls").read_text().splitlines()]
-
-
-@pytest.fixture
-def kubectl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kubectl:
-    program = tmp_path / "bin" / "kubectl"
-    program.parent.mkdir()
-    program.write_text(FAKE)
-    program.chmod(program.stat().st_mode | stat.S_IEXEC)
-    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("FAKE_KUBECTL", str(tmp_path))
-    fake = Kubectl(tmp_path)
-    fake.answers()
-    return fake
-
-
 def test_kubectl_is_given_the_manifests_and_the_namespace(kubectl: Kubectl) -> None:
     kubectl.answers(can_i=(0, "yes\n", ""))
     chosen = settings(workers=2, namespace="team", context="gke_x")

@@ -268,3 +268,22 @@ def test_status_on_a_machine_without_the_scheduler(tmp_path: Path, monkeypatch: 
     assert (row["id"], row["live"]) == ("12", None)
     assert "squeue is not on this machine" in row["note"]
     assert call("sweep", "cancel", str(study)).code == 2
+
+
+# ---------------------------------------------------------------- the guide
+GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "clusters.md").read_text()
+
+
+def test_the_commands_and_the_block_of_the_guide_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLAMAX_CACHE", str(tmp_path / "cache"))
+    commands = [line.partition("#")[0].split() for line in GUIDE.splitlines() if line.startswith("llamax launch")]
+    slurm_ones = [words[1:] for words in commands if "slurm" in words]
+    assert len(slurm_ones) == 2
+    for words in slurm_ones:
+        done = call(*words, *([] if "--dry-run" in words else ["--dry-run"]))
+        assert done.code == 0, done.err
+        assert "#SBATCH --partition=PARTITION" in done.out
+    (tmp_path / "my-cluster.yaml").write_text(GUIDE.partition("```yaml\n")[2].partition("```")[0])
+    launcher, settings = load_settings("my-cluster.yaml")
+    assert (launcher, settings.nodes * settings.gpus_per_node) == ("slurm", 16)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from llamax.launch.protocol import Job, Shape
 from llamax.launch.protocol import Settings as Common
@@ -34,12 +33,13 @@ def check(settings: Settings) -> None:
 
 def submit(study: str, settings: Settings, launch: int) -> list[str]:
     """Trains the study here, and returns when nothing is left. There is no job to ask about afterwards."""
+    from llamax.storage.copies import at_hand
     from llamax.sweep.live import live
     from llamax.sweep.local import run_local
     from llamax.sweep.packing import parse_pack
 
     with live() as watch:
-        run_local(Path(study), workers=settings.workers, report=watch, pack=parse_pack(settings.pack))
+        run_local(at_hand(study), workers=settings.workers, report=watch, pack=parse_pack(settings.pack))
     return []
 
 

@@ -82,7 +82,7 @@ def script(study: str, settings: Settings, launch: int) -> str:
     """The batch script of a launch."""
     if any(character in study for character in '%"\n'):
         raise UserError(f"study {study!r}: sbatch cannot write logs to such a path; use letters, digits and ._+-")
-    name = PurePosixPath(study).name
+    name, logs = PurePosixPath(study).name, "." if "://" in study else f"{study}/logs"
     options = [
         f"--job-name=llamax-{name}",
         f"--array=0-{settings.workers - 1}",
@@ -93,7 +93,7 @@ def script(study: str, settings: Settings, launch: int) -> str:
         "--requeue",
         f"--signal=TERM@{settings.signal_seconds}",  # to the processes of the worker, not to this script
         "--open-mode=append",
-        f'--output="{study}/logs/slurm-%A_%a.log"',
+        f'--output="{logs}/slurm-%A_%a.log"',
         *settings.options,
     ]
     exports = [f"export {key}={shlex.quote(value)}" for key, value in settings.env.items()]
