@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llamax.errors import Interrupted, UserError
-from llamax.mesh.job import Job
+from llamax.mesh.job import Job, Several
 from llamax.storage.copies import at_hand, refresh
 from llamax.sweep.study import read_study
 from llamax.train.progress import Progress
@@ -73,8 +73,8 @@ class Crew:
         try:
             return train(config, run_dir, report=reported, job=self.job)
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" in str(error):
-                raise
-            self.job.fail(error)  # a collective, so a network or a process: a death (deaths.py), no failure of the cell
+            if isinstance(self.job, Several) and "RESOURCE_EXHAUSTED" not in str(error):
+                self.job.fail(error)  # a collective, so the network or a peer: a death (deaths.py)
+            raise
         finally:
             self._training = False

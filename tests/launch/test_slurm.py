@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,10 @@ from llamax.sweep.plan import make_plan
 from llamax.sweep.status import status
 from llamax.sweep.study import open_study
 from tests.launch.cluster import cluster, lose, run, wait_for
-from tests.processes.harness import free_port
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "PYTHONPATH": str(ROOT)}
-TWO = {"nodes": 2, "env": WORKER | {"LLAMAX_COORDINATOR": f"127.0.0.1:{free_port()}"}}  # n0 is no name in DNS
 STEPS = 160  # of some 40 ms on two free cores: a signal comes in the middle, not after the end
 
 
@@ -68,7 +68,7 @@ def uninterrupted(store: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     """The metrics of seed 0, trained in one go by a worker of two processes on this machine."""
     study = tmp_path_factory.mktemp("whole") / "study"
     plan = open_study(study, plan_of(store, [0]))
-    place = {"LLAMAX_COORDINATOR": f"127.0.0.1:{free_port()}", "LLAMAX_PROCESSES": "2"}
+    place = coordinator() | {"LLAMAX_PROCESSES": "2"}
     command = [sys.executable, "-m", "llamax.sweep.worker", str(study)]
     both = [
         subprocess.Popen(command, env=os.environ | WORKER | place | {"LLAMAX_PROCESS": str(i)}, cwd=ROOT)
@@ -90,6 +90,16 @@ def losses(run_dir: Path) -> list[dict[str, Any]]:
 def settings(**more: Any) -> Settings:
     common = {"python": sys.executable, "env": WORKER, "cpus_per_task": 1, "signal_seconds": 25}
     return validate(Settings, common | more, "test")
+
+
+def coordinator() -> dict[str, str]:
+    """Where two processes meet (n0 is no name in DNS): above the ports that others on this machine may be given."""
+    for port in range(61440, 65000, 2):
+        with socket.socket() as first, socket.socket() as second, suppress(OSError):
+            first.bind(("127.0.0.1", port))
+            second.bind(("127.0.0.1", port + 1))
+            return {"LLAMAX_COORDINATOR": f"127.0.0.1:{port}"}
+    pytest.fail("no free port")
 
 
 def state_of(job: str) -> str:
@@ -117,7 +127,7 @@ def test_a_preempted_worker_goes_back_and_resumes_bit_for_bit(
 ) -> None:
     study = tmp_path / "study"
     plan = plan_of(store, [0])
-    _, (id,) = launch(study, plan, "slurm", settings(partition="low", **TWO))
+    _, (id,) = launch(study, plan, "slurm", settings(partition="low", nodes=2, env=WORKER | coordinator()))
     job = f"{id}_0"
     wait_for("the worker trains", lambda: row_of(study)["step"] > 8)
     with pytest.raises(UserError, match="has workers already"):
@@ -142,7 +152,7 @@ def test_a_worker_whose_node_is_lost_runs_elsewhere(
 ) -> None:
     study = tmp_path / "study"
     plan = plan_of(store, [0])
-    _, (id,) = launch(study, plan, "slurm", settings(partition="low", **TWO))
+    _, (id,) = launch(study, plan, "slurm", settings(partition="low", nodes=2, env=WORKER | coordinator()))
     job = f"{id}_0"
     wait_for("the worker trains", lambda: row_of(study)["step"] > 8)
     lose(run("scontrol", "show", "hostnames", run("squeue", "-h", "-j", job, "-o", "%N").strip()).split()[1])
