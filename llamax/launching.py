@@ -70,17 +70,20 @@ def launch(
 
 
 def _say(study: Path, launcher: str, found: Estimate) -> None:
-    """The estimate on stderr, so that what is submitted can be piped."""
+    """The estimate and its rules on stderr, so that what is submitted can be piped."""
+    import textwrap
 
-    def number(value: float | None, unit: str) -> str:
+    def number(value: float | None, unit: str = "h") -> str:
         return "unknown" if value is None else f"{value:,.3g} {unit}"
 
     rows = {
         "launch": f"{found.cells} cells of {study} on {launcher}",
-        "devices": f"{found.devices:,} {found.kind}s = {found.rules['devices']}",
-        "hours": f"{number(found.hours, 'h')} until the last cell is done; {found.rules['hours']}",
-        "device hours": f"{number(found.device_hours, 'h')}; {found.rules.get('device_hours', 'as hours')}",
-        "cost": f"{'unknown' if found.dollars is None else f'${found.dollars:,.2f}'}; {found.rules['dollars']}",
+        "devices": f"{found.devices:,} x {found.kind}",
+        "hours": f"{number(found.hours)} until the last cell is done",
+        f"{found.kind} hours": number(found.device_hours),
+        "cost": "unknown" if found.dollars is None else f"${found.dollars:,.2f}",
     }
-    for line in lines(rows):
-        print(as_addresses(line), file=sys.stderr)
+    text = [as_addresses(line) for line in lines(rows)]
+    for name, rule in found.rules.items():
+        text += textwrap.wrap(f"{name}: {rule}", 98, initial_indent="  ", subsequent_indent="    ")
+    print("\n".join(text), file=sys.stderr)

@@ -36,9 +36,10 @@ class Estimate:
 def estimate(cells: Sequence[Cell], shape: Shape, settings: Settings) -> Estimate:
     """Of the cells that are left, on `settings.workers` workers of a shape."""
     speed = _speed(shape, settings)
-    kind = shape.kind or "device"
-    word = "core" if kind == "cpu" else "chip" if shape.chips != shape.devices else kind
-    rules = {"devices": f"{settings.workers} workers x {shape.chips} {word}s, {shape.processes} processes a worker"}
+    word = {"cpu": "core", None: "device"}.get(shape.kind, shape.kind or "")
+    rules = {
+        "devices": f"workers ({settings.workers}) x {word}s of one ({shape.chips}); its processes: {shape.processes}"
+    }
     hours = paid = cost = None
     if isinstance(speed, str):
         rules["hours"] = f"unknown: {speed}"
@@ -51,11 +52,11 @@ def estimate(cells: Sequence[Cell], shape: Shape, settings: Settings) -> Estimat
             f"each worker takes the longest cell left; a cell takes {speed.startup_seconds:g} s + (6 N D + 2 N x eval "
             f"tokens) / rate; rate: {speed.rule}"
         )
-        rules["device_hours"] = f"{shape.chips} {word}s x the sum of all cells' hours; a worker ends when none is left"
+        rules[f"{word} hours"] = f"{shape.chips} x the sum of all cells' hours; a worker ends when none is left"
     price, source = _price(shape, settings)
     if paid is not None and price is not None:
         cost = paid * price
-    rules["dollars"] = source if price is None else f"device hours x ${price:g}; {source}"
+    rules["cost"] = source if price is None else f"{word} hours x ${price:g}; {source}"
     total = settings.workers * shape.chips
     return Estimate(len(cells), settings.workers, shape.processes, total, word, hours, paid, cost, rules)
 

@@ -180,7 +180,13 @@ def test_dry_run_prints_the_script_on_stdout_and_writes_nothing(sweep: str, tmp_
     assert done.code == 0, done.err
     assert done.out.startswith("#!/bin/bash\n#SBATCH --job-name=llamax-study\n#SBATCH --array=0-2\n")
     assert not study.exists()
-    for words in ("48 h100s = 3 workers x 16 h100s", "utilization: assumed", "cost", "list price"):
+    for words in (
+        "48 x h100",
+        "devices: workers (3) x h100s of one (16)",
+        "utilization: assumed",
+        "cost",
+        "list price",
+    ):
         assert words in done.err
     told = call("launch", sweep, "--on", "slurm", "--dir", str(study), "--dry-run", *GPUS, "--json").json
     assert told["cells"] == 3
