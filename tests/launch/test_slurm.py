@@ -33,8 +33,9 @@ from tests.launch.cluster import cluster, lose, run, wait_for
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).resolve().parents[2]
-WORKER = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "PYTHONPATH": str(ROOT)}
-STEPS = 160  # of some 40 ms on two free cores: a signal comes in the middle, not after the end
+PATHS = os.pathsep.join([str(ROOT / "tests" / "launch" / "slowly"), str(ROOT)])
+WORKER = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "PYTHONPATH": PATHS}
+STEPS = 160
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,9 +53,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plan_of(store: Path, seeds: list[int], steps: int = STEPS) -> Any:
-    train = {"steps": steps, "seq_len": 128, "batch_size": 64, "steps_per_dispatch": 2}
+    train = {"steps": steps, "seq_len": 16, "batch_size": 4, "steps_per_dispatch": 2}
     base = {
-        "model": {"base": "ladder/d16", "max_seq_len": 128},
+        "model": {"base": "ladder/d16", "max_seq_len": 64},
         "train": train,
         "data": {"store": str(store), "eval_tokens": 256},
         "log": {"every_steps": 5},
