@@ -27,6 +27,7 @@ from llamax.train.branch import check_trunk, first_state
 from llamax.train.checkpoints import Checkpoints
 from llamax.train.evaluate import evaluate
 from llamax.train.goodput import Spent, carried
+from llamax.train.mirror import stage
 from llamax.train.population import Answer, Ask, Coroutine, Seat, alone, whole
 from llamax.train.precision import Precision, begun_with, with_dtype
 from llamax.train.progress import Progress
@@ -56,7 +57,7 @@ Pending = tuple[int, dict[str, Any], Any]  # first step, metrics, steps run: sti
 
 def train(
     config: RunConfig,
-    run_dir: Path,
+    run_dir: str | Path,
     *,
     report: Report | None = None,
     devices: list[jax.Device] | None = None,
@@ -75,6 +76,7 @@ def train(
     """
     spent = Spent()
     start()
+    run_dir = stage(run_dir, config.branch, job)
     chosen = Precision(*job.agree(begun_with(config, run_dir, jax.devices() if devices is None else devices)))
     common = share(config, devices, job)
     with ThreadPoolExecutor(1, "compile") as beside:  # XLA compiles on the cores that restoring leaves idle
@@ -179,6 +181,7 @@ class _Session:
                 with self.spent.on("compile"):
                     state = (yield Ask(state, batches, 0)).state
             with signals() as stop:
+                self.run_dir.watch(lambda: bool(stop))
                 if left:
                     state, cause = yield from self._train(state, step, batches, checkpoints, stop)
                 final = whole(state)
