@@ -10,6 +10,7 @@ import typer
 
 from llamax.console import Json, Overrides, TrainProgress, emit, print_run_plan
 from llamax.errors import Interrupted, UserError
+from llamax.storage.places import written
 
 if TYPE_CHECKING:
     from llamax.config.run import RunConfig
@@ -62,10 +63,10 @@ def train(
             result = _train(resolved, where, job, quiet=as_json)
     except Interrupted as stop:
         if job.leader:
-            print(f"{stop}; the same command resumes {where}", file=sys.stderr)
+            print(f"{stop}; the same command resumes {written(where)}", file=sys.stderr)
         sys.exit(stop.exit_code)
     if job.leader:
-        emit({**result, "run_dir": str(where)}, as_json)
+        emit({**result, "run_dir": written(where)}, as_json)
     if result["status"] == "diverged":
         if job.leader:
             print(f"the run diverged: {result['cause']}", file=sys.stderr)
@@ -101,6 +102,6 @@ def _train(config: RunConfig, where: Path, job: Job, quiet: bool) -> dict[str, A
     if not job.leader:
         return train_run(config, where, job=job)
     if not quiet:
-        print_run_plan(config, where)
+        print_run_plan(config, written(where))
     with TrainProgress() as progress:
         return train_run(config, where, report=progress, job=job)

@@ -16,6 +16,7 @@ from llamax.report.ledger import curves, ledger
 from llamax.report.read import find_runs, number, read_object
 from llamax.scaling.laws import ChinchillaLaw, Cost, CoupledLaw, Law, optimal_allocation
 from llamax.scaling.register import ledger_path, read_predictions, scores
+from llamax.storage.copies import at_hand
 from llamax.train.goodput import total
 from llamax.train.run_dir import TIME
 
@@ -151,8 +152,8 @@ def load_study(
     Raises:
         UserError: `path` is not a folder.
     """
-    runs, rows = ledger(path), curves(path)
-    root = Path(path)
+    root = at_hand(path)
+    runs, rows = ledger(root), curves(root)
     names = {"fits": fits, "timings": timings, "plan": None}
     parts, problems = {}, []
     for name, given in names.items():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llamax.errors import UserError
+from llamax.storage.copies import at_hand, refresh
 from llamax.sweep.attempt import progress_path
 from llamax.sweep.claim import holder, shared_now
 from llamax.sweep.study import failure_path, read_json
@@ -33,7 +34,8 @@ def status(study: Path, only: Iterable[str] | None = None) -> dict[str, Any]:
     Raises:
         UserError: `study` has no readable plan.
     """
-    study = Path(study)
+    study = at_hand(study)
+    refresh(study)
     chosen = None if only is None else set(only)
     cells = [cell for cell in _planned(study) if chosen is None or cell["name"] in chosen]
     now = shared_now(study) if (study / "leases").is_dir() else 0.0

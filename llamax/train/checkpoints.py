@@ -32,6 +32,7 @@ import numpy as np
 from llamax.config.run import CheckpointConfig
 from llamax.errors import UserError
 from llamax.mesh.job import ALONE, Job
+from llamax.storage.copies import fill
 from llamax.train.digests import Damaged, read_note, verify_digests, write_digests
 from llamax.train.files import disk_cause, sync_folder
 from llamax.train.run_dir import CHECKPOINTS
@@ -263,6 +264,7 @@ def _newest_good(
     bad: list[str] = []
     good: tuple[Found, dict[str, Any]] | None = None
     for item in found:
+        fill(item.path)
         try:
             good = item, verify_digests(item.path)
             break

@@ -6,6 +6,7 @@
     tokenizer/      the tokenizer files of an imported model
     time.json       where the time went so far, as of the last sign of life (goodput.py)
     lock            held by the process that trains (lock.py)
+    leases/         in its place where the run is in a bucket (mirror.py)
 
 Every file is whole or absent at any moment, except that a crash may cut the last line of a .jsonl file.
 """
@@ -16,7 +17,7 @@ import datetime
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from llamax.errors import UserError
 from llamax.train.env import environment
 from llamax.train.files import write_atomic, writing
 from llamax.train.lock import locked
+from llamax.train.mirror import Mirror, mirrored
 from llamax.train.rows import append_rows, drop_rows_after, plain, read_rows, repair_tail
 
 CONFIG, ENV, RESULT, TIME = "config.yaml", "env.json", "result.json", "time.json"
@@ -37,8 +39,8 @@ METRICS, EVALS, CHECKPOINTS, TOKENIZER = "metrics.jsonl", "evals.jsonl", "checkp
 class Run:
     """An open run directory. `writer` is False in all but the leader of a job: they write nothing."""
 
-    def __init__(self, path: Path, writer: bool) -> None:
-        self.path, self._writer = path, writer
+    def __init__(self, path: Path, writer: bool, mirror: Mirror | None = None) -> None:
+        self.path, self._writer, self._mirror = path, writer, mirror
         self.newest: dict[str, dict[str, Any]] = {}  # the last row of each file, for a checkpoint to carry
 
     @property
@@ -52,10 +54,20 @@ class Run:
         return read_result(self.path)
 
     def log(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append rows, each with a `step`, to metrics.jsonl in one write. Raises UserError when the disk refuses."""
+        """Append rows, each with a `step`, to metrics.jsonl in one write. Raises UserError when the disk refuses.
+
+        Waits for a bucket that has been away for long.
+        """
+        if self._mirror is not None:
+            self._mirror.check()
         if self._writer and rows:
             append_rows(self.path / METRICS, rows)
             self.newest[METRICS] = plain(rows[-1])
+
+    def watch(self, stopping: Callable[[], bool]) -> None:
+        """Wait for no bucket once `stopping`."""
+        if self._mirror is not None:
+            self._mirror.stopping = stopping
 
     def log_eval(self, row: Mapping[str, Any]) -> None:
         """Append one row, with a `step`, to evals.jsonl, in place of one of that step: a resumed run evaluates again.
@@ -123,14 +135,14 @@ def open_run(
         return
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-    with locked(path):
+    with locked(path), mirrored(path) as mirror:
         if is_run(path):
             _check_same_run(path, config, fingerprint)
         else:
             _check_unused(path)
         if read_result(path) is None:
             _start_session(path, config, fingerprint, precision)
-        yield Run(path, writer=True)
+        yield Run(path, writer=True, mirror=mirror)
 
 
 # ---------------------------------------------------------------- readers
