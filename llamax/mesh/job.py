@@ -43,6 +43,9 @@ class Job:
         and the leader waits for nobody."""
         return value
 
+    def meet(self) -> None:
+        """Return when all processes are here: what follows may wait less long for a slow one than this does."""
+
     def wish(self, signal: str | None) -> str | None:
         """What `agree` is asked about stopping: the signal that reached this process; in the leader, any process."""
         return signal
@@ -212,12 +215,19 @@ class Leader(Several):
 
     def __init__(self, plan: Processes, lines: Mapping[int, tuple[Line, Member]]) -> None:
         self._wished: str | None = None
+        self._here = threading.Semaphore(0)  # of the others, those that have come to where this process waits for them
         super().__init__(plan, lines)
 
     def agree(self, value: T) -> T:
         """Tell the others."""
         self._tell({"value": value})
         return value
+
+    def meet(self) -> None:
+        """Wait for the others, then tell them; the thread ends this process if one of them is lost."""
+        for _ in range(self.count - 1):
+            self._here.acquire()
+        self.agree(None)
 
     def wish(self, signal: str | None) -> str | None:
         """A signal that reached any process."""
@@ -226,6 +236,8 @@ class Leader(Several):
     def _take(self, index: int, message: Message) -> None:
         if "wish" in message:
             self._wished = self._wished or message["wish"]
+        elif "here" in message:
+            self._here.release()
         elif message.get("end") == 0:
             self._ended.add(index)
             if len(self._ended) == self.count - 1:
@@ -282,6 +294,11 @@ class Follower(Several):
     def agree(self, value: T) -> T:
         """What the leader said; if there is no leader any more, the thread ends this process."""
         return self._values.get()
+
+    def meet(self) -> None:
+        """Tell the leader and wait for its word."""
+        self._tell({"here": True})
+        self.agree(None)
 
     def wish(self, signal: str | None) -> str | None:
         """Tell the leader, once."""
