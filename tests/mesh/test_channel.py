@@ -167,6 +167,23 @@ def test_the_leader_decides_and_hears_wishes():
     together(leader.close, follower.close)
 
 
+def test_the_leader_waits_where_processes_meet():
+    first, second = plans(2, peer_seconds=20.0)
+    lines, (line, member) = meet([first, second])
+    leader, follower = Leader(first, lines), Follower(second, line, member)
+    came: list[str] = []
+    thread = threading.Thread(target=lambda: (leader.meet(), came.append("leader")))
+    thread.start()
+    thread.join(0.3)
+    assert came == []
+    follower.meet()
+    thread.join(20)
+    assert came == ["leader"]
+    together(follower.meet, leader.meet)  # and again, whoever comes first
+    together(leader.leave, follower.leave)
+    together(leader.close, follower.close)
+
+
 def test_alone_a_process_decides_for_itself():
     with start_processes(None, {}) as job:
         assert job is ALONE

@@ -6,6 +6,7 @@ Only from a process in which JAX has no backend yet: threads do not survive a fo
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
 import sys
@@ -14,7 +15,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-PRELOAD = ("llamax.cli", "llamax.training", "llamax.train.loop", "llamax.config.load", "orbax.checkpoint")
+import jax
+
+PRELOAD = (  # what `llamax train` imports when it comes to it
+    "llamax.cli",
+    "llamax.console",
+    "llamax.hub.load",
+    "llamax.train.loop",
+    "llamax.train.mirror",
+    "llamax.training",
+    "orbax.checkpoint",
+    "tests.processes.driver",
+    "tests.processes.moments",
+)
 
 
 class Forked:
@@ -24,10 +37,10 @@ class Forked:
     """
 
     def __init__(
-        self, words: Sequence[str], env: Mapping[str, str], out: IO[bytes], err: IO[bytes], life: int = 900
+        self, words: Sequence[str], env: Mapping[str, str], out: IO[bytes], err: IO[bytes], life: int = 1200
     ) -> None:
-        import jax
-
+        for name in PRELOAD:
+            importlib.import_module(name)
         assert not jax._src.xla_bridge.backends_are_initialized(), "fork before JAX has a backend"
         self.returncode: int | None = None
         sys.stdout.flush()
@@ -65,8 +78,8 @@ def _be(words: Sequence[str], env: Mapping[str, str], out: IO[bytes], err: IO[by
     try:
         os.setsid()
         signal.alarm(life)
-        for number, file in enumerate((Path(os.devnull).open("rb"), out, err)):
-            os.dup2(file.fileno(), number)
+        for number, handle in enumerate((os.open(os.devnull, os.O_RDONLY), out.fileno(), err.fileno())):
+            os.dup2(handle, number)
         os.environ.clear()
         os.environ.update(env)
         sys.argv = list(words)
