@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 
-from tests.processes.faults import DAMAGES, EVERY, SHAPES, STEPS, draw
+from llamax.train.loop import train
+from tests.processes.faults import DAMAGES, EVERY, RUN, SHAPES, STEPS, draw
 from tests.processes.forked import left_over
 from tests.processes.harness import ROOT, Job
 from tests.processes.moments import MOMENTS
 from tests.processes.verdicts import of_run, of_session
+from tests.train.conftest import build
+from tests.train.runs import run_config, write_texts
 
 
 def command(folder: Path, *words: object) -> tuple[int, list[dict[str, Any]], str]:
@@ -31,25 +34,17 @@ KILLED = 200  # the seed of a schedule in which the second of two dies in a coll
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the command after one schedule."""
-    folder = tmp_path_factory.mktemp("faults")
-    code, (outcome,), said = command(folder, "--only", KILLED, "--end-seconds", 120)
-    assert (code, outcome["problems"]) == (0, []), said
-    assert outcome["restarts"] >= 1
-    assert outcome["happened"][0].startswith("kill@dispatch")
-    assert outcome["slowest_end"] > 0
-    return folder
+def right(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the schedules' config that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("right")
+    store = build(write_texts(folder / "texts"), folder / "store").path
+    train(run_config(*RUN, "mesh.data=1", store=store), folder / "run")
+    return folder / "run"
 
 
-def test_a_run_ends_as_if_nothing_had_happened(bench: Path):
-    assert [path.name for path in (bench / "undisturbed").iterdir() if not path.name.endswith("-logs")] == ["2-data"]
-    assert of_run(bench / "undisturbed/2-data", bench / "undisturbed/2-data", STEPS, EVERY, exact=True) == []
-
-
-def test_what_is_wrong_with_a_run_is_found(bench: Path, tmp_path: Path):
+def test_what_is_wrong_with_a_run_is_found(right: Path, tmp_path: Path):
     """Each of these alone, in a copy of a run that was right."""
-    right = bench / "undisturbed/2-data"
+    assert of_run(right, right, STEPS, EVERY, exact=True) == []
 
     def found(name: str, exact: bool = True) -> str:
         return "; ".join(of_run(tmp_path / name, right, STEPS, EVERY, exact))
@@ -105,6 +100,9 @@ def test_what_is_wrong_with_a_session_is_found(tmp_path: Path):
     assert "ended 31.0 s after kill at dispatch" in found([kill], (75, -9), lost, ended=131.0)
     assert "the others ended with [-6]" in found([kill], (-6, -9), lost)
     assert "nobody said that process 1 is lost" in found([kill], (75, -9), lost.replace("process 1", "process 2"))
+    absent, missing = {**kill, "at": "start"}, "error: after 60 s only 1 of 2 processes have come: missing 1; start"
+    assert found([absent], (2, -9), missing) == ""
+    assert "process 1 did not come and the others ended with [2]" in found([absent], (2, -9), "error: missing 2;")
     full = {"process": 1, "at": "save", "do": "full", "time": 100.0}
     assert found([full], (2, 2), "error: checkpoint of step 3 could not be saved in x: file too large") == ""
     assert "a full disk ended it with [1, 1]" in found([full], (1, 1), "OSError: [Errno 27]")
@@ -130,6 +128,16 @@ def test_schedules_are_data_of_their_seed():
     assert {fault["at"] for fault in faults} == set(MOMENTS)
     assert len({fault["do"] for fault in faults}) == 9
     assert all(schedule["sessions"][-1]["faults"] == [] for schedule in schedules)
+
+
+@pytest.mark.slow
+def test_one_of_two_is_killed_in_a_collective(tmp_path: Path):
+    code, (outcome,), said = command(tmp_path, "--only", KILLED, "--end-seconds", 120)
+    assert (code, outcome["problems"]) == (0, []), said
+    assert outcome["happened"] == ["kill@dispatch"]
+    assert outcome["restarts"] == 1
+    assert outcome["slowest_end"] > 0
+    assert [path.name for path in (tmp_path / "undisturbed").iterdir() if (path / "lock").exists()] == ["2-data"]
 
 
 @pytest.mark.slow

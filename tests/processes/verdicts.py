@@ -16,7 +16,7 @@ from llamax.train.run_dir import read_evals, read_metrics, read_result, read_tim
 from tests.processes.forked import left_over
 from tests.processes.harness import Job
 
-DEADLY = ("kill", "stop", "drop", "mute")  # the others see a process die or fall silent
+DEADLY = ("kill", "stop", "drop", "mute")  # the others see a process die, or fall silent, or miss it
 RELATIVE = 1e-5  # of losses on another mesh
 
 
@@ -34,7 +34,9 @@ def of_session(
     if serious and (first := serious[0])["do"] in DEADLY:
         others = [i for i in range(len(codes)) if i != first["process"]]
         seconds = max(job.ended[i] for i in others) - first["time"]
-        if first["at"] != "start":
+        if first["at"] == "start":
+            problems += _of_absence(job, first["process"], others) if len(serious) == 1 else []
+        else:
             problems += _of_death(job, first, others, seconds, end_seconds, alone=len(serious) == 1)
     if serious and all(one["do"] == "full" for one in serious) and not _full_in_words(job, codes):
         problems.append(f"a full disk ended it with {codes}, and not in words: {_last_words(job)}")
@@ -57,6 +59,15 @@ def _of_death(
     if alone and not said:
         problems.append(f"nobody said that process {death['process']} is lost: {_last_words(job)}")
     return problems
+
+
+def _of_absence(job: Job, absent: int, others: list[int]) -> list[str]:
+    """One that never came: the others end as for bad input, and say who is missing."""
+    codes = [job.processes[i].returncode for i in others]
+    words = f"missing {absent};" if absent else "found no process 0 at"
+    if set(codes) == {2} and any(words in text for text in job.errors()):
+        return []
+    return [f"process {absent} did not come and the others ended with {codes}: {_last_words(job)}"]
 
 
 def _full_in_words(job: Job, codes: Sequence[int | None]) -> bool:
