@@ -13,8 +13,9 @@ from llamax.errors import UserError
 from llamax.scaling.bootstrap import as_list, interval, resample_counts
 from llamax.scaling.engine import Objective, Predict, Search, Task
 from llamax.scaling.laws import plain
-from llamax.scaling.lawspec import LawSpec
-from llamax.scaling.table import as_numbers, drop_rows, unit_words
+from llamax.scaling.lawspec import LISTS, LawSpec
+from llamax.scaling.table import as_numbers, check_positive, derive, drop_rows, loss_words, unit_words
+from llamax.scaling.traces import TRACED, trace_columns
 
 STARTS = 32
 
@@ -143,26 +144,40 @@ def bootstrap_law(
 
 
 def law_table(spec: LawSpec, frame: pd.DataFrame, named: Mapping[str, str]) -> tuple[pd.DataFrame, list[str]]:
-    """The columns a law reads, its target, and `run` and `budget` where named, under the law's own names; warnings.
+    """The columns a law reads, its target, and `flops`, `run`, `budget` where named, under its own names; warnings.
 
-    `named` maps the law's names to those of the table; the others are looked for as they are. Rows with a missing value
-    are dropped and counted, as are repeats. Raises UserError naming the columns that are missing, or text in one.
+    `named` maps the law's names to those of the table; the others are looked for as they are. `d` is derived from
+    `flops`, what a law of curves reads from `step` and `lr`. Rows with a missing value are dropped and counted, as are
+    repeats. Raises UserError naming the columns that are missing, text in one, or FLOPs that are not positive.
     """
-    wanted = [*spec.columns, spec.target]
-    missing = [name for name in wanted if named.get(name, name) not in frame]
+    wanted, words = [*spec.columns, spec.target], list[str]()
+    frame, named = frame.reset_index(drop=True), dict(named)
+    if TRACED & set(wanted) and not TRACED & set(frame) and {named.get(x, x) for x in ("step", "lr")} <= set(frame):
+        frame, words = trace_columns(frame, named)
+    sized = {"n", "d"} <= set(wanted) and named.get("flops") in frame
+    derived = sized and named.get("d", "d") not in frame
+    needed = [name for name in wanted if not (derived and name == "d")]
+    missing = [name for name in needed if named.get(name, name) not in frame]
     if missing:
         raise UserError(
             f"law {spec.name}: it reads {', '.join(wanted)}; the table has no column for {', '.join(missing)}; name it "
             f"with --column {missing[0]}=NAME (the table has {', '.join(map(str, frame.columns))})"
         )
+    needed += ["flops"] if sized else []
     extra = [name for name in ("run", "budget") if named.get(name) in frame]
-    table = pd.DataFrame({name: frame[named.get(name, name)].to_numpy() for name in [*wanted, *extra]})
-    for name in wanted:
+    table = pd.DataFrame({name: frame[named.get(name, name)] for name in [*needed, *extra]})
+    numbers = [name for name in needed if name not in LISTS]
+    for name in numbers:
         table[name] = as_numbers(table[name], named.get(name, name))
-    table, words = drop_rows(table, wanted)
+    table, more = drop_rows(table, numbers, endless=[name for name in numbers if name.startswith("bits")])
+    words += more
+    if sized:
+        check_positive(table, {name: named.get(name, name) for name in ("n", "d", "flops") if name in table})
+        words += derive(table) if derived else []
     if {"n", "d"} <= set(wanted) and spec.target == "loss":
-        units = table.assign(flops=6 * table["n"] * table["d"])
-        words += unit_words(units) if (table[["n", "d", "loss"]] > 0).all(axis=None) else []
+        units = table if sized else table.assign(flops=6 * table["n"] * table["d"])
+        if (table[["n", "d", "loss"]] > 0).all(axis=None):
+            words += unit_words(units) + loss_words(units, named.get("loss", "loss"))
     return table, words
 
 
