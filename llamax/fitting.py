@@ -80,7 +80,9 @@ def fit(
     seed_noise: Annotated[
         str | None, typer.Option(help="Draw noise of this size in log loss, or of 'replicates', instead of runs.")
     ] = None,
-    profile: Annotated[list[str] | None, typer.Option(help="Profile likelihood of this parameter.")] = None,
+    profile: Annotated[
+        list[str] | None, typer.Option(help="Profile likelihood of a parameter; with --at of n_opt, d_opt, ... loss.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     at: Annotated[float | None, typer.Option(help="Recommend and predict at this many training FLOPs.")] = None,
     inference_tokens: Annotated[
@@ -221,7 +223,7 @@ def _fit_table(
         intervals |= chosen["intervals"] or {}
         errors |= part.draws.standard_errors() if part.draws else {}
         if options.profile:
-            result["profile"] = _profiles(fit, section, options.profile)
+            result["profile"] = _profiles(fit, section, options.profile, options.at)
     if 2 in approaches and record["approach2"]:
         two = record["approach2"]
         result |= {
@@ -239,11 +241,19 @@ def _fit_table(
     return result | shared | {"warnings": list(dict.fromkeys(words))}
 
 
-def _profiles(fit: Any, section: str, names: tuple[str, ...]) -> dict[str, Any]:
+def _profiles(fit: Any, section: str, names: tuple[str, ...], flops: float | None) -> dict[str, Any]:
+    """Profile likelihoods of parameters, and of what the law says at `flops`."""
     from llamax.scaling.profile import profile_parametric
+    from llamax.scaling.profile_target import TARGETS, profile_targets
 
-    part = fit.laws[section]
-    return {name: profile_parametric(part.fit, fit.runs, name).as_dict() for name in names}
+    part, found = fit.laws[section], {}
+    asked = tuple(name for name in names if name in TARGETS)
+    if asked and flops is None:
+        raise UserError(f"profile {asked[0]}: give the training FLOPs to answer at, --at")
+    if asked:
+        found = profile_targets(part.fit, fit.runs, flops, fit.cost, asked)
+    found |= {name: profile_parametric(part.fit, fit.runs, name) for name in names if name not in TARGETS}
+    return {name: found[name].as_dict() for name in names}
 
 
 def _at(fit: Any, result: dict[str, Any], flops: float, words: list[str]) -> dict[str, Any]:

@@ -106,12 +106,12 @@ def fit_law(
     projected = Projection.of(spec, data, target) if method == "vp" else None
     _check(spec, target)
     sums = Objective("mse", log=False) if projected else Objective(method, delta, log)
-    task = Task(_predictor(spec), data, target, spec.names, *_bounds(spec), sums)
+    task, inside = law_task(spec, data, target, sums)
     if projected:
         us, objectives = projected.task.minimise(projected.starts(starts))
         u = _inside(spec, projected.whole(us[[int(np.argmin(objectives))]]))[0]
     else:
-        us, objectives = task.minimise(_coordinates(spec, spec.starts(data, target, starts)))
+        us, objectives = task.minimise(inside(spec.starts(data, target, starts)))
         u = us[int(np.argmin(objectives))]
     residuals, jacobian = task.describe(u)
     if not np.isfinite(residuals).all():
@@ -121,6 +121,14 @@ def fit_law(
     words = [f"only {task.runs} runs for {len(spec.names)} parameters: the fit follows noise"]
     words = (words if task.runs < 3 * len(spec.names) else []) + search.words()
     return LawFit(spec, task, u, objective, residuals, search, tuple(words), projected)
+
+
+def law_task(
+    spec: LawSpec, data: Mapping[str, np.ndarray], target: np.ndarray, sums: Objective
+) -> tuple[Task, Callable[[np.ndarray], np.ndarray]]:
+    """The engine's task of a law, and the map from parameter vectors `[points, parameters]` to its coordinates."""
+    task = Task(_predictor(spec), data, target, spec.names, *_bounds(spec), sums)
+    return task, lambda points: _coordinates(spec, points)
 
 
 def bootstrap_law(

@@ -39,9 +39,10 @@ class Projection:
     def of(cls, spec: LawSpec, data: Mapping[str, np.ndarray], target: np.ndarray) -> "Projection":
         """Raises UserError for a law that is linear in no parameter, or in all."""
         rest = _rest(spec)
-        if not spec.linear or spec.linear_in != "value" or not rest:
-            which = "linear in no parameter" if rest else "linear in every parameter: method mse is the solution"
-            raise UserError(f"method vp: law {spec.name} is {which}; use huber, lad or mse")
+        if not rest:
+            raise UserError(f"method vp: law {spec.name} is linear in every parameter; mse is its solution")
+        if not spec.linear or spec.linear_in != "value":
+            raise UserError(f"method vp: law {spec.name} is linear in no parameter; use huber, lad or mse")
         lower, upper = (np.array([_coordinate(p, getattr(p, end)) for p in rest]) for end in ("lower", "upper"))
         names = tuple(p.name for p in rest)
         squares = Objective("mse", log=False)

@@ -19,7 +19,7 @@ from llamax.scaling.table import as_numbers
 
 TRACED = {"s1", "s2", "lr_drop", "lr_then", "lr_since"}  # what `trace_columns` makes
 MOST_CHANGES = 256  # of a trace: of more, neighbours are taken together, since a law reads [runs, changes]
-MEMORY = 0.999  # lambda of the annealing law, as in the paper's section 3
+MEMORY = 0.999  # lambda of the annealing law, as in the paper
 
 
 def annealing_columns(
@@ -27,7 +27,7 @@ def annealing_columns(
 ) -> dict[str, np.ndarray]:
     """`s1` and `s2` after the steps `at` (0 = after the first step) of a run whose step i had learning rate `lr[i]`.
 
-    s1 = sum_i lr_i; s2 = sum_i sum_{k <= i} (lr_{k-1} - lr_k) memory^(i - k) (equation 1 of arXiv:2408.11029), whose
+    s1 = sum_i lr_i; s2 = sum_i sum_{k <= i} (lr_{k-1} - lr_k) memory^(i - k) (arXiv:2408.11029), whose
     changes are counted after `warmup` steps. Raises UserError for a trace that is not of positive numbers, or a step
     outside it.
     """
@@ -117,7 +117,7 @@ def _annealing(p: Values, x: Values) -> Any:
 ANNEALING = LawSpec(
     name="annealing",
     formula="L(s) = L0 + A S1^-alpha - C S2",
-    source="Tissue et al. 2024, arXiv:2408.11029, equation 1; S1 and S2 by llamax.scaling.annealing_columns",
+    source="Tissue et al. 2024, arXiv:2408.11029; S1 and S2 by llamax.scaling.annealing_columns",
     columns=("s1", "s2"),
     parameters=(
         floor(name="L0"),
@@ -139,7 +139,7 @@ def _multipower(p: Values, x: Values) -> Any:
 MULTIPOWER = LawSpec(
     name="multipower",
     formula="L(t) = L0 + A S1(t)^-alpha - B sum_k (lr_(k-1) - lr_k) (1 - (1 + C lr_k^-gamma S_k(t))^-beta)",
-    source="Luo et al. 2025, arXiv:2503.12811, equations 1 and 2 (values: its repository's, Llama of 25 to 400 million "
+    source="Luo et al. 2025, arXiv:2503.12811 (values: its repository's, Llama of 25 to 400 million "
     "parameters); columns by llamax.scaling.power_columns",
     columns=("s1", "lr_drop", "lr_then", "lr_since"),
     parameters=(
