@@ -337,7 +337,7 @@ def test_registry_laws_read_flops_as_the_others_do(tmp_path):
     assert derived["params"] == pytest.approx(whole["params"])
     dear = fit(frame.assign(flops=2 * frame["flops"]), tmp_path, **options)
     assert dear["n_opt"] < whole["n_opt"]  # each token costs twice as much
-    with pytest.raises(UserError, match="column 'flops': -1 .28 such rows.; flops must be positive"):
+    with pytest.raises(UserError, match=r"column 'flops': -1 .28 such rows.; flops must be positive"):
         fit(frame.assign(flops=-1.0), tmp_path, **options)
 
 

@@ -23,8 +23,8 @@ PARAMETERS, TARGETS = ("alpha", "beta", "n_exponent"), ("n_opt", "d_opt", "loss"
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["runs", "seeds", "profile"])
 def test_intervals_hold_the_truth_as_often_as_they_say(kind: str) -> None:
-    """Resampled runs, drawn seed noise, profile likelihood. Measured over 130 studies at 95 %: 0.94 to 0.99, 0.95 to
-    0.98; profiles of 24 runs reach 0.9. Below the bound a true rate of 95 % (profile: 90 %) has probability 0.001."""
+    """Resampled runs (measured: 0.94 to 0.99 of 130 studies), drawn seed noise (0.93 to 0.98), profile likelihood (0.94
+    and 1.0 of 70). A true rate of 95 % ends below the bound with probability 0.001."""
     best = optimal_allocation(TINY, FLOPS)
     truth = {"alpha": TINY.alpha, "beta": TINY.beta, "n_exponent": TINY.beta / (TINY.alpha + TINY.beta)}
     truth |= {"n_opt": best.n, "d_opt": best.d, "loss": best.loss}
@@ -45,6 +45,6 @@ def test_intervals_hold_the_truth_as_often_as_they_say(kind: str) -> None:
             true = truth.get(name, truth["n_exponent"])
             if name != "tokens_per_param":
                 hits.setdefault(name, []).append((low is None or low <= true) and (high is None or true <= high))
-    least = binom.ppf(0.001, STUDIES, 0.90 if kind == "profile" else 0.95)
+    least = binom.ppf(0.001, STUDIES, 0.95)
     rates = {name: sum(held) for name, held in hits.items()}
     assert min(rates.values()) >= least, rates
