@@ -248,9 +248,9 @@ def _profiles(fit: Any, section: str, names: tuple[str, ...], flops: float | Non
 
     part, found = fit.laws[section], {}
     asked = tuple(name for name in names if name in TARGETS)
-    if asked and flops is None:
-        raise UserError(f"profile {asked[0]}: give the training FLOPs to answer at, --at")
     if asked:
+        if flops is None:
+            raise UserError(f"profile {asked[0]}: give the training FLOPs to answer at, --at")
         found = profile_targets(part.fit, fit.runs, flops, fit.cost, asked)
     found |= {name: profile_parametric(part.fit, fit.runs, name) for name in names if name not in TARGETS}
     return {name: found[name].as_dict() for name in names}

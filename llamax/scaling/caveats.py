@@ -45,10 +45,10 @@ def checkpoint_words(frame: pd.DataFrame, columns: Mapping[str, str | None]) -> 
     `columns`: names in `frame` of n, d (or flops) and run, None where there is none.
     """
     size, length = columns.get("n"), columns.get("d") or columns.get("flops")
-    if columns.get("run") or size not in frame or length not in frame:
+    if columns.get("run") or size is None or length is None or not {size, length} <= set(frame):
         return []
     what = "resamples take them for independent, which makes intervals too narrow, and a run's middle is not its end"
-    by_name = {str(name).lower(): name for name in frame}
+    by_name = {str(name).lower(): str(name) for name in frame}
     for label in (by_name[name] for name in RUN_NAMES if name in by_name):
         rows = frame.groupby(label)
         several = rows[length].nunique() > 1

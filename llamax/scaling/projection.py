@@ -20,7 +20,7 @@ from jaxtyping import Float
 from llamax.errors import UserError
 from llamax.scaling.engine import Objective, Predict, Task
 from llamax.scaling.lawbook import CHINCHILLA
-from llamax.scaling.laws import ChinchillaLaw
+from llamax.scaling.laws import ChinchillaLaw, Law
 from llamax.scaling.lawspec import LawSpec, Parameter
 
 STARTS = 36
@@ -66,8 +66,8 @@ class Projection:
     ) -> Float[np.ndarray, "members parameters"]:
         """Whole parameter vectors at coordinates of the task, the linear ones solved for under each row of weights."""
         shape = (len(u), self.task.runs)
-        given = (np.broadcast_to(1.0 if weights is None else weights, shape),)
-        given += (np.broadcast_to(self.task.target if target is None else target, shape),)
+        given = [1.0 if weights is None else weights, self.task.target if target is None else target]
+        given = [np.broadcast_to(values, shape) for values in given]
         with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
             solved = np.asarray(_programs(*_key(self.spec))[1](u, dict(self.task.data), *given))
         values = {p.name: np.exp(u[:, i]) if p.log else u[:, i] for i, p in enumerate(_rest(self.spec))}
@@ -103,7 +103,7 @@ def project_many(
     d: Float[np.ndarray, "runs"],
     loss: Float[np.ndarray, "runs"],
     weights: Float[np.ndarray, "draws runs"],
-    start: ChinchillaLaw,
+    start: Law,
     *,
     losses: Float[np.ndarray, "draws runs"] | None = None,
 ) -> tuple[ChinchillaLaw, Float[np.ndarray, "draws"]]:
