@@ -180,6 +180,7 @@ class _Session:
                 batches = self._load(step, None)
                 with self.spent.on("compile"):
                     state = (yield Ask(state, batches, 0)).state
+                    self.job.meet()
             with signals() as stop:
                 self.run_dir.watch(lambda: bool(stop))
                 if left:
