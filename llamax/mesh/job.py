@@ -47,6 +47,9 @@ class Job:
         """What `agree` is asked about stopping: the signal that reached this process; in the leader, any process."""
         return signal
 
+    def meet(self) -> None:
+        """Return when all processes have come here. Before a first collective: gloo gives up on a peer after 30 s."""
+
 
 ALONE = Job()
 
@@ -212,6 +215,7 @@ class Leader(Several):
 
     def __init__(self, plan: Processes, lines: Mapping[int, tuple[Line, Member]]) -> None:
         self._wished: str | None = None
+        self._met, self._here, self._came = 0, dict.fromkeys(lines, 0), threading.Condition()
         super().__init__(plan, lines)
 
     def agree(self, value: T) -> T:
@@ -223,9 +227,20 @@ class Leader(Several):
         """A signal that reached any process."""
         return signal or self._wished
 
+    def meet(self) -> None:
+        """Wait for the others, and let them go on."""
+        self._met += 1
+        with self._came:
+            self._came.wait_for(lambda: min(self._here.values()) >= self._met)
+        self.agree(None)
+
     def _take(self, index: int, message: Message) -> None:
         if "wish" in message:
             self._wished = self._wished or message["wish"]
+        elif "here" in message:
+            with self._came:
+                self._here[index] = message["here"]
+                self._came.notify_all()
         elif message.get("end") == 0:
             self._ended.add(index)
             if len(self._ended) == self.count - 1:
@@ -277,6 +292,7 @@ class Follower(Several):
     def __init__(self, plan: Processes, line: Line, leader: Member) -> None:
         self._values: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._wish: str | None = None
+        self._met = 0
         super().__init__(plan, {0: (line, leader)})
 
     def agree(self, value: T) -> T:
@@ -289,6 +305,12 @@ class Follower(Several):
             self._wish = signal
             self._tell({"wish": signal})
         return None
+
+    def meet(self) -> None:
+        """Say so, and wait for the leader's word."""
+        self._met += 1
+        self._tell({"here": self._met})
+        self.agree(None)
 
     def _take(self, index: int, message: Message) -> None:
         if "value" in message:

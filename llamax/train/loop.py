@@ -180,6 +180,7 @@ class _Session:
                 batches = self._load(step, None)
                 with self.spent.on("compile"):
                     state = (yield Ask(state, batches, 0)).state
+                    self.job.meet()
             with signals() as stop:
                 self.run_dir.watch(lambda: bool(stop))
                 if left:
@@ -332,25 +333,22 @@ class _Session:
     def _evaluate(self, state: TrainState, step: int, stop: StopRequest) -> tuple[float, int] | str:
         """(loss, tokens) of the held-out split, logged to evals.jsonl; or the signal that cut it short."""
         self._progress(step, "eval")
-        train, signals = self.config.train, [self._signal(stop)]
+        signals: list[str | None] = [None]
 
         def batches() -> Iterator[dict[str, jax.Array]]:
             for batch in held_out(self.config, self.common, self.batches.rows):
-                signals.append(self._signal(stop))
+                signals.append(self.job.agree(self.job.wish(stop.signal)))
                 if signals[-1]:
                     return
                 yield batch
 
         with self.spent.on("evaluation"):
-            execution = execution_of(self.config, self.rules, self.mesh)
-            loss, tokens = evaluate(state.model, batches(), loss_chunk=train.loss_chunk, execution=execution)
+            execution, chunk = execution_of(self.config, self.rules, self.mesh), self.config.train.loss_chunk
+            loss, tokens = evaluate(state.model, batches(), loss_chunk=chunk, execution=execution)
         if signals[-1]:
             return signals[-1]
         self.run_dir.log_eval(self.record.evaluation(step, loss, tokens, self._seconds()))
         return loss, tokens
-
-    def _signal(self, stop: StopRequest) -> str | None:
-        return self.job.agree(self.job.wish(stop.signal))
 
     def _result(self, step: int, cause: str | None, skipped: int, loss: float, tokens: int) -> dict[str, Any]:
         rate = self.train_steps * self.record.tokens_per_step / self.train_seconds if self.train_seconds else None

@@ -163,6 +163,15 @@ def test_the_leader_decides_and_hears_wishes():
             break
         threading.Event().wait(0.05)
     assert leader.wish(None) == "SIGTERM"
+    met: list[str] = []
+
+    def late() -> None:
+        threading.Event().wait(0.3)
+        met.append("late")
+        follower.meet()
+
+    together(lambda: (leader.meet(), met.append("leader")), late)
+    assert met == ["late", "leader"]
     together(leader.leave, follower.leave)
     together(leader.close, follower.close)
 
