@@ -34,7 +34,13 @@ from tests.launch.cluster import cluster, lose, run, wait_for
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).resolve().parents[2]
 PATHS = os.pathsep.join([str(ROOT / "tests" / "launch" / "slowly"), str(ROOT)])
-WORKER = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "PYTHONPATH": PATHS}
+WORKER = {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
+    "PYTHONPATH": PATHS,
+    # Only process 0 writes to it, so the second time it would start half a minute before the other has compiled, which
+    # is as long as gloo waits.
+    "LLAMAX_COMPILATION_CACHE": "0",
+}
 STEPS = 160
 
 
