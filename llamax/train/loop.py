@@ -37,7 +37,6 @@ from llamax.train.run_dir import Run, open_run, read_time
 from llamax.train.setup import (
     Common,
     batches_of,
-    check_same_data,
     dispatch_shapes,
     held_out,
     load_dispatch,
@@ -75,18 +74,20 @@ def train(
         UserError: data, mesh or run directory do not fit the config.
         Interrupted: a signal asked to stop; the same call resumes.
     """
+    spent = Spent()
     start()
     run_dir = stage(run_dir, config.branch, job)
     chosen = Precision(*job.agree(begun_with(config, run_dir, jax.devices() if devices is None else devices)))
-    common = share(config, devices)
-    check_same_data(common, job)
+    common = share(config, devices, job)
     with ThreadPoolExecutor(1, "compile") as beside:  # XLA compiles on the cores that restoring leaves idle
         program: list[Future[Dispatch]] = []
 
         def begin() -> None:
             program.append(beside.submit(compile_dispatch, with_dtype(config, chosen.dtype), common))
 
-        run = run_steps(config, run_dir, common, chosen, report=report, signals=stop_signals, begin=begin, job=job)
+        run = run_steps(
+            config, run_dir, common, chosen, report=report, signals=stop_signals, begin=begin, job=job, spent=spent
+        )
         return alone(run, lambda: program[0].result())
 
 
@@ -106,18 +107,21 @@ def run_steps(
     signals: Signals,
     begin: Callable[[], None] = lambda: None,
     job: Job = ALONE,
+    spent: Spent | None = None,
 ) -> Coroutine:
     """`train` as a coroutine, which asks for its dispatches instead of running them (see population.py).
 
-    `begin` is called before anything slow once there are steps to run, as far as checkpoints' names tell.
+    `begin` is called before anything slow once there are steps to run, as far as checkpoints' names tell; `spent`
+    accounts for the time, from now on where there is none yet.
     """
+    spent = spent or Spent()
     if job.leader:
         check_trunk(config, run_dir)
     with open_run(run_dir, config, common.store.fingerprint, chosen._asdict(), writer=job.leader) as run:
         if (result := job.agree(run.result if job.leader else None)) is not None:
             return result
         batches = batches_of(config, common)
-        session = _Session(config, horizon(config), run, common, batches, chosen, report or _silent, job)
+        session = _Session(config, horizon(config), run, common, batches, chosen, report or _silent, job, spent)
         return (yield from session.run(signals, begin))
 
 
@@ -142,6 +146,7 @@ class _Session:
         chosen: Precision,
         report: Report,
         job: Job,
+        spent: Spent,
     ):
         self.hash, self.asked = config.hash8, config.train.compute_dtype
         self.config, self.chosen = with_dtype(config, chosen.dtype), chosen
@@ -156,7 +161,7 @@ class _Session:
         self.train_seconds = 0.0
         self.train_steps = 0
         self.data_seconds = 0.0  # in which the device may have waited for batches
-        self.spent, self.time_logged = Spent(), self.clock
+        self.spent, self.time_logged = spent, self.clock
 
     # ------------------------------------------------------------ the run, top to bottom
     def run(self, signals: Signals, begin: Callable[[], None]) -> Coroutine:
@@ -196,16 +201,16 @@ class _Session:
 
     def _restore(self, checkpoints: Checkpoints) -> tuple[TrainState, int, str | None]:
         """(state, steps tried, cause of divergence) to continue from."""
-        last, now = read_time(self.run_dir.path), time.time()
+        last, began = read_time(self.run_dir.path), time.time() - sum(self.spent.seconds().values())
         found = checkpoints.restore(self.common.abstract)
         if found is None:
             step, state = first_state(self.config, self.run_dir.path, self.common)
             if last is not None:
-                self.spent.resume(carried({}, last, now))
+                self.spent.resume(carried({}, last, began))
             self.run_dir.rewind(step)
             return state, step, None
         step, state, meta = found
-        self.spent.resume(carried(meta.get("spent", {}), last, now))
+        self.spent.resume(carried(meta.get("spent", {}), last, began))
         self.seconds_before, self.loss = float(meta.get("seconds", 0.0)), meta.get("loss")
         self.data_seconds = float(meta.get("data_seconds", 0.0))
         self.run_dir.rewind(step, meta.get("newest"))
@@ -327,25 +332,22 @@ class _Session:
     def _evaluate(self, state: TrainState, step: int, stop: StopRequest) -> tuple[float, int] | str:
         """(loss, tokens) of the held-out split, logged to evals.jsonl; or the signal that cut it short."""
         self._progress(step, "eval")
-        train, signals = self.config.train, [self._signal(stop)]
+        signals: list[str | None] = [None]
 
         def batches() -> Iterator[dict[str, jax.Array]]:
             for batch in held_out(self.config, self.common, self.batches.rows):
-                signals.append(self._signal(stop))
+                signals.append(self.job.agree(self.job.wish(stop.signal)))
                 if signals[-1]:
                     return
                 yield batch
 
         with self.spent.on("evaluation"):
-            execution = execution_of(self.config, self.rules, self.mesh)
-            loss, tokens = evaluate(state.model, batches(), loss_chunk=train.loss_chunk, execution=execution)
+            execution, chunk = execution_of(self.config, self.rules, self.mesh), self.config.train.loss_chunk
+            loss, tokens = evaluate(state.model, batches(), loss_chunk=chunk, execution=execution)
         if signals[-1]:
             return signals[-1]
         self.run_dir.log_eval(self.record.evaluation(step, loss, tokens, self._seconds()))
         return loss, tokens
-
-    def _signal(self, stop: StopRequest) -> str | None:
-        return self.job.agree(self.job.wish(stop.signal))
 
     def _result(self, step: int, cause: str | None, skipped: int, loss: float, tokens: int) -> dict[str, Any]:
         rate = self.train_steps * self.record.tokens_per_step / self.train_seconds if self.train_seconds else None

@@ -16,7 +16,7 @@ from llamax.data.batches import TrainBatches, eval_batches
 from llamax.data.open import open_data
 from llamax.data.store import Store
 from llamax.errors import UserError
-from llamax.mesh.job import Job
+from llamax.mesh.job import ALONE, Job
 from llamax.mesh.rules import Rules, batch_sharding, batch_ways, load_rules, make_mesh
 from llamax.mesh.slices import on_mesh, rows_of
 from llamax.train.precision import Precision
@@ -34,10 +34,10 @@ class Common(NamedTuple):
     initialize: Callable[[dict[str, jax.Array], np.int32], TrainState]
 
 
-def share(config: RunConfig, devices: list[jax.Device] | None = None) -> Common:
+def share(config: RunConfig, devices: list[jax.Device] | None = None, job: Job = ALONE) -> Common:
     """`Common` of a run on `devices` (None: all). Raises UserError: horizon, data or mesh do not fit the config."""
     horizon(config)  # less than a step is refused before any data is built
-    store = open_data(config.data)
+    store = _open(config, job)
     _check_vocabulary(config, store)
     rules, mesh, abstract = share_places(config, devices)
     return Common(store, rules, mesh, abstract, initializer(config, abstract))
@@ -51,14 +51,17 @@ def share_places(config: RunConfig, devices: list[jax.Device] | None = None) -> 
     return rules, mesh, abstract_state(config, rules, mesh)
 
 
-def check_same_data(common: Common, job: Job) -> None:
-    """Raises UserError in a process whose data are not the leader's."""
-    leaders = job.agree(common.store.fingerprint)
-    if leaders != common.store.fingerprint:
+def _open(config: RunConfig, job: Job) -> Store:
+    """The data, opened and perhaps built by the leader first. Raises UserError where they are not the leader's."""
+    store = open_data(config.data) if job.leader else None
+    leaders = job.agree(store.fingerprint if store else "")
+    store = store or open_data(config.data)
+    if leaders != store.fingerprint:
         raise UserError(
-            f"{common.store.path}: the data's fingerprint is {common.store.fingerprint[:12]} in process {job.index} "
-            f"and {leaders[:12]} in process 0; train from one store that all processes read (data.store)"
+            f"{store.path}: the data's fingerprint is {store.fingerprint[:12]} in process {job.index} and "
+            f"{leaders[:12]} in process 0; train from one store that all processes read (data.store)"
         )
+    return store
 
 
 def batches_of(config: RunConfig, common: Common) -> TrainBatches:

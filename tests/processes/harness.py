@@ -4,11 +4,12 @@
     job.wait_for_step(run, 5); job.signal(1, signal.SIGKILL)
     codes = job.wait()
 
-`Schedule` and a driver (driver.py) put faults into one of them. Nothing here is specific to a test.
+`faults` of `start` arm the driver (driver.py) of one process. Nothing here is specific to a test.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -133,4 +134,12 @@ def start(
                 subprocess.Popen(command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
             )
         logs.append(log)
+    atexit.register(_kill, processes)
     return Job(processes, logs)
+
+
+def _kill(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Leave nothing behind, however the tests end."""
+    for process in processes:
+        if process.poll() is None:
+            process.kill()

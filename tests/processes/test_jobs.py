@@ -27,8 +27,8 @@ from tests.processes.harness import free_port, start
 from tests.train.conftest import build
 from tests.train.runs import BATCH, SEQ, run_config, write_texts
 
-STEPS = 40
-SHORT = (f"train.steps={STEPS}", "train.eval_every_steps=15", "train.steps_per_dispatch=5")
+STEPS, ONE_LAYER = 40, "model.segments=[{repeat: 1}]"
+SHORT = (f"train.steps={STEPS}", "train.eval_every_steps=15", "train.steps_per_dispatch=5", ONE_LAYER)
 ENDLESS = ("train.steps_per_dispatch=1", "train.steps=100000", "mesh.data=-1")
 
 
@@ -112,37 +112,32 @@ def test_one_process_writes(pair: Any):
     assert all(spent[kind] > 0 for kind in ("start", "compile", "step", "checkpoint", "evaluation"))
 
 
-# ---------------------------------------------------------------- a signal, another mesh, other numbers of processes
-def test_a_signal_to_one_stops_all_and_four_go_on(store: Path, alone: Path, tmp_path: Path):
+# ---------------------------------------------------------------- a dead one, a signal, other meshes and numbers
+def test_two_of_which_one_dies_then_four_of_which_one_is_stopped_then_one(store: Path, alone: Path, tmp_path: Path):
+    """The rows of a run that nothing interrupted, from three meshes."""
     path = tmp_path / "run"
-    short = config_file(tmp_path / "short", store, *SHORT[:2], "train.steps_per_dispatch=1", "mesh.data=-1")
-    words = ["train", short, "--run-dir", path]
-    job = start(tmp_path / "two", words, 2, faults={1: {"sigterm_at": 3}})
-    assert job.wait() == [143, 143], job.said()
-    saved = [found.step for found in find_checkpoints(path / "checkpoints")]
-    assert len(saved) == 1
-    assert 3 <= saved[0] < STEPS
-    assert f"stopped by SIGTERM at step {saved[0]}, checkpoint saved" in job.error(0)
-    assert read_result(path) is None
-    again = start(tmp_path / "four", [*words, "mesh.fsdp=2", "mesh.tensor=2"], 4)
-    assert again.wait() == [0, 0, 0, 0], again.said()
-    assert_same_losses(path, alone)
-    assert (read_time(path) or {})["seconds"]["restart"] > 0
-
-
-# ---------------------------------------------------------------- a dead peer
-def test_a_dead_process_ends_the_others(store: Path, tmp_path: Path):
-    path = tmp_path / "run"
-    words = ["train", config_file(tmp_path, store, *ENDLESS), "--run-dir", path, "--peer-seconds", 10]
-    job = start(tmp_path / "logs", words, 2)
-    job.wait_for_step(path, 3)
-    killed = job.signal(1, signal.SIGKILL)
-    assert job.wait(60) == [PEER_LOST, -signal.SIGKILL], job.said()
-    assert job.ended[0] - killed < 30
-    (message,) = job.errors()
-    assert message.startswith(f"error: process 1 (pid {job.processes[1].pid} on ")
+    overrides = (*SHORT, "train.steps_per_dispatch=1", "checkpoint.every_steps=2")
+    words = ["train", config_file(tmp_path / "c", store, *overrides, "mesh.data=-1"), "--run-dir", path]
+    two = start(tmp_path / "two", words, 2, faults={1: {"kill_at": 5}})
+    assert two.wait() == [PEER_LOST, -signal.SIGKILL], two.said()
+    (message,) = two.errors()
+    assert message.startswith(f"error: process 1 (pid {two.processes[1].pid} on ")
     assert message.endswith("died: its connection closed without a word; all 2 end; the same command resumes the run")
-    assert "Traceback" not in job.said()
+    assert "Traceback" not in two.said()
+
+    four = start(tmp_path / "four", [*words, "mesh.fsdp=2", "mesh.tensor=2"], 4, faults={2: {"sigterm_at": 12}})
+    assert four.wait() == [143] * 4, four.said()
+    step = find_checkpoints(path / "checkpoints")[0].step
+    assert 12 <= step < STEPS
+    assert f"stopped by SIGTERM at step {step}, checkpoint saved" in four.error(0)
+    assert [four.error(i).count("stopped by") for i in range(4)] == [1, 0, 0, 0]
+    assert read_metrics(path)[-1]["step"] == step
+    assert read_result(path) is None
+
+    train(run_config(*overrides, "mesh.data=1", store=store), path)
+    assert_same_losses(path, alone)
+    assert [len((read_env(path) or {})["sessions"]), (read_env(path) or {})["devices"]["processes"]] == [3, 1]
+    assert (read_time(path) or {})["seconds"]["restart"] > 0
 
 
 @pytest.mark.slow
@@ -167,7 +162,7 @@ def test_a_dead_or_silent_leader_ends_the_others(store: Path, tmp_path: Path, ho
 
 
 @pytest.mark.slow
-def test_a_signal_to_all_stops_all_together(store: Path, alone: Path, tmp_path: Path):
+def test_a_signal_to_all_stops_all_together(store: Path, tmp_path: Path):
     path = tmp_path / "run"
     words = ["train", config_file(tmp_path, store, *ENDLESS), "--run-dir", path]
     job = start(tmp_path / "logs", words, 4)
@@ -190,6 +185,7 @@ def test_what_all_find_wrong_is_said_once(store: Path, tmp_path: Path):
     assert "Traceback" not in job.said()
 
 
+@pytest.mark.slow
 def test_a_run_in_use_ends_all(store: Path, tmp_path: Path):
     """Two jobs on one run: only the leader can see it."""
     path = tmp_path / "run"
