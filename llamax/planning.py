@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -177,8 +178,9 @@ def _crash(code: int, said: str, topology: Topology) -> str:
     """What to say of a process that ended without an answer."""
     if code == -9:
         return f"{topology.name}: the compiler was killed, likely for its memory; run it on a machine with more"
-    last = [line for line in said.strip().splitlines() if line.strip()]
-    return f"{topology.name}: the compiler failed (exit code {code}): {last[-1][:500] if last else 'it said nothing'}"
+    errors = [line.strip() for line in said.splitlines() if re.match(r"[\w.]+(Error|Exception)\b", line)]
+    last = errors[-1][:500] if errors else said.strip()[-500:]
+    return f"{topology.name}: the compiler failed (exit code {code}): {last}"
 
 
 @contextlib.contextmanager

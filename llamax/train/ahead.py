@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from llamax.errors import UserError
+from llamax.mesh.flags import FLAGS
 
 REQUEST, ANSWER, PROGRAM = "request.json", "answer.json", "program.txt"
 PHASES = ("start", "lower", "compile", "read")
@@ -67,8 +68,11 @@ def environment(request: Request) -> dict[str, str]:
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={request.devices} "
             "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
         }
-    flags = "--xla_gpu_autotune_level=0" if request.platform == "cuda" else ""  # it would need the GPU
-    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **(TPU_ENVIRONMENT if request.platform == "tpu" else {})}
+    if request.platform == "tpu":
+        return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **TPU_ENVIRONMENT}
+    # The flags of a run, without the search for the fastest tiles, which would need the GPU.
+    flags = {**FLAGS["gpu"], "xla_gpu_autotune_level": "0"}
+    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(f"--{name}={value}" for name, value in flags.items())}
 
 
 def compile_ahead(request: Request, folder: Path) -> dict[str, Any]:
@@ -145,6 +149,12 @@ def _devices(request: Request) -> list[Any]:
     target = _GPU.format(
         bandwidth=int(request.bandwidth or 0), memory=int(request.memory or 0), name=request.device_kind
     )
+    from jax._src.cudnn import fused_attention_stablehlo as library
+
+    # The library asks this machine for its cuDNN and GPU even to lower for another.
+    library.check_cudnn_version = lambda: 91200
+    library.check_compute_capability = lambda capability: True
+    library.is_cuda_compute_capability_equal = lambda capability: capability == "9.0"
     described = topologies.get_topology_desc(platform="cuda", target_config=target, topology=request.topology)
     return list(described.devices)
 
@@ -182,8 +192,7 @@ def _compiler(request: Request, device: Any) -> str:
 
 def _place(device: Any) -> list[int]:
     """Where a device is: the coordinates of its chip on a torus, else its number, node by node."""
-    coords = getattr(device, "coords", None)
-    return [int(c) for c in coords] if coords is not None else [int(device.id)]
+    return [int(c) for c in device.coords] if device.platform == "tpu" else [int(device.id)]
 
 
 def _shard_bytes(tree: Any) -> int:
