@@ -84,7 +84,7 @@ def plan_run(
 
 def _config(source: str, overrides: list[str], topology: Topology) -> RunConfig:
     """The run: a config as it is; a model by its name with SETTINGS, in microbatches of one sequence a device."""
-    from llamax.config.files import find, read_yaml, shipped
+    from llamax.config.files import find, read_yaml, shipped, unknown
     from llamax.config.load import load_run, model_names, named_model, run_from_data
 
     if source in shipped("train") or Path(source).suffix in (".yaml", ".yml"):
@@ -94,19 +94,17 @@ def _config(source: str, overrides: list[str], topology: Topology) -> RunConfig:
     except UserError:
         if "/" in source:
             raise
-        names = [*shipped("train"), *model_names()]
-        from llamax.config.files import unknown
-
-        raise UserError(unknown("config or model", source, names)) from None
+        raise UserError(unknown("config or model", source, [*shipped("train"), *model_names()])) from None
     config = run_from_data(
         {"base": SETTINGS, "model": source, "train": _lengths(source)}, overrides, where=f"{source} with {SETTINGS}"
     )
     if any(text.startswith(("train.grad_accumulation=", "train.batch_size=")) for text in overrides):
         return config
-    batch_axes = read_yaml(find("meshes", config.mesh.rules, "mesh rules"))["batch"]
+    rule = read_yaml(find("meshes", config.mesh.rules, "mesh rules"))["batch"]
+    cut = [rule] if isinstance(rule, str) else rule
     ways = topology.devices
     for axis, size in config.mesh.as_dict().items():
-        ways //= size if isinstance(size, int) and size > 1 and axis not in batch_axes else 1
+        ways //= size if isinstance(size, int) and size > 1 and axis not in cut else 1
     batch = max(config.train.batch_size // ways, 1) * ways
     train = config.train.model_copy(update={"batch_size": batch, "grad_accumulation": batch // ways})
     return config.model_copy(update={"train": train})

@@ -97,13 +97,14 @@ def compile_ahead(request: Request, folder: Path) -> dict[str, Any]:
 
     jax.config.update("jax_compilation_cache_dir", None)
     devices = _devices(request)
-    config = _settled(validate(RunConfig, request.config, "config"), request)
+    config = validate(RunConfig, request.config, "config")
     rules, mesh, abstract = share_places(config, devices)
     if mesh.size != request.devices:
         sizes = ", ".join(f"mesh.{axis}={size}" for axis, size in mesh.shape.items())
         raise UserError(
             f"{sizes}: uses {mesh.size} of the {request.devices} devices of the topology; set one axis to -1"
         )
+    config = _settled(config, request, dict(mesh.shape))
     phase("lower")
     arguments = dispatch_shapes(config, SimpleNamespace(rules=rules, mesh=mesh, abstract=abstract))  # type: ignore[arg-type]
     lowered = make_dispatch(config, rules, mesh, abstract).lower(*arguments)  # type: ignore[attr-defined]
@@ -159,22 +160,15 @@ def _devices(request: Request) -> list[Any]:
     return list(described.devices)
 
 
-def _settled(config: Any, request: Request) -> Any:
+def _settled(config: Any, request: Request, mesh: dict[str, int]) -> Any:
     """`config` with what a run would ask its devices for already decided."""
     from llamax.train.remat import fitting
 
     train: dict[str, Any] = {}
     if config.train.unroll_layers is None:  # simulated devices would be taken for CPUs, where short stacks unroll
         train["unroll_layers"] = False
-    if config.train.remat == "auto":
-        sizes = {**config.mesh.as_dict(), "devices": request.devices}
-        sizes = {name: size for name, size in sizes.items() if isinstance(size, int) and size > 0}
-        rest = sizes.pop("devices")
-        for size in sizes.values():
-            rest //= size
-        free = next((name for name, size in config.mesh.as_dict().items() if size == -1), "data")
-        policy, _ = fitting(config, int(request.memory or 1e18), True, {**sizes, free: max(rest, 1)})
-        train["remat"] = policy
+    if config.train.remat == "auto" and request.memory is not None:
+        train["remat"], _ = fitting(config, int(request.memory), request.platform != "cpu", mesh)
     return config.model_copy(update={"train": config.train.model_copy(update=train)})
 
 
