@@ -124,10 +124,9 @@ def _compile(config: RunConfig, topology: Topology, report: Report) -> tuple[dic
 
     platform, named = _compiler(topology)
     kind = topology.kind
-    limit = kind.memory if kind.platform != "cpu" else None
-    request = Request(config.as_dict(), platform, named, topology.devices, kind.device_kind, limit, kind.bandwidth)
-    if limit is None:
-        request = dataclasses.replace(request, bandwidth=None)
+    known = kind.platform != "cpu"
+    limits = (float(kind.memory), float(kind.bandwidth)) if known else (None, None)
+    request = Request(config.as_dict(), platform, named, topology.devices, kind.device_kind, *limits)
     with tempfile.TemporaryDirectory(prefix="llamax-plan-") as scratch:
         folder = Path(scratch)
         (folder / REQUEST).write_text(json.dumps(dataclasses.asdict(request)))
