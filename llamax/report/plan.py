@@ -147,7 +147,8 @@ def _rows(found: list[Collective], places: list[list[int]], topology: Topology) 
         row["sent_bytes"] += one.sent
         if topology.kind.platform != "cpu":
             group = [places[i] for i in one.group]
-            row["seconds"] += one.times * collective_seconds(one.kind, one.bytes, group, topology)
+            seconds = collective_seconds(one.kind, one.bytes, group, topology)
+            row["seconds"] += one.times * seconds / (2 if one.both_ways else 1)
     rows = [{"kind": kind, "axes": list(axes), **row} for (kind, axes), row in merged.items()]
     return sorted(rows, key=lambda row: (-row.get("seconds", 0.0), -row["sent_bytes"]))
 

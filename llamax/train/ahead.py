@@ -121,7 +121,7 @@ def compile_ahead(request: Request, folder: Path) -> dict[str, Any]:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        answer["needed"] = needed = _needed(str(error))
+        answer["needed"] = needed = refused_bytes(str(error), sum(answer["state"].values()))
         if needed is None:
             raise
         compiled = None
@@ -198,12 +198,18 @@ def _shard_bytes(tree: Any) -> int:
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = r"([\d.]+)([KMGT]?)i?B?"
+# What the TPU compiler says of a program that does not fit: all it uses, or what it needs beside its arguments.
+_REFUSALS = ((rf"[Uu]sed {_SIZE} of [\d.]+\w* hbm", False), (rf"required for HLO temporaries \({_SIZE}\)", True))
 
 
-def _needed(message: str) -> int | None:
-    """Bytes that a program needs which the compiler refuses because they are not there; None for another error."""
-    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? hbm", message)
-    return int(float(found[1]) * _UNITS[found[2]]) if found else None
+def refused_bytes(message: str, arguments: int) -> int | None:
+    """Bytes that a program needs which the compiler refused for its memory, `arguments` those of its arguments; None
+    for another error."""
+    for pattern, beside in _REFUSALS:
+        if found := re.search(pattern, message):
+            return int(float(found[1]) * _UNITS[found[2]]) + (arguments if beside else 0)
+    return None
 
 
 def main(folder: Path) -> int:
