@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from llamax.errors import UserError
-from llamax.storage.bucket import ABSENT, Bucket, Conflict, Missing, Object, open_bucket
+from llamax.storage.bucket import ABSENT, Conflict, Missing, Object, open_bucket
 from llamax.storage.places import address_of, is_address, is_staged, notes_of, view_of
 
 T = TypeVar("T")
 THREADS = 16
 CHECKPOINTS, DIGESTS, LEASES = "checkpoints", "digests.json", "leases"
 NOT_READ = {LEASES, "logs"}
+NOT_SENT = {*NOT_READ, CHECKPOINTS, "progress"}  # with a folder: each has its own way, or none
 HERE_ALONE = {"lock", ".plan.lock"}  # files that mean something on one machine
 
 
@@ -101,7 +102,7 @@ class Copy:
         """The files, but for checkpoints and what means nothing elsewhere, that differ from what the bucket has."""
         names: list[str] = []
         for folder, inner, files in os.walk(self.local):
-            inner[:] = [name for name in inner if name not in (CHECKPOINTS, *NOT_READ) and not name.startswith(".")]
+            inner[:] = [name for name in inner if name not in NOT_SENT and not name.startswith(".")]
             names += [Path(folder, name).relative_to(self.local).as_posix() for name in files if _travels(name)]
         return [name for name in names if self.differs(name)]
 
@@ -270,6 +271,3 @@ def _in_threads(function: Callable[[T], Any], items: Iterable[T]) -> None:
     with ThreadPoolExecutor(min(THREADS, len(items) or 1)) as pool:
         for _ in pool.map(function, items):
             pass
-
-
-__all__ = ["Bucket", "Copy", "Note", "at_hand", "fill", "needed", "publish", "refresh"]
