@@ -69,7 +69,7 @@ class Member(NamedTuple):
 def gather(plan: Processes, facts: Mapping[str, Any]) -> dict[int, tuple[Line, Member]]:
     """In process 0: wait for all others, see that they run the same, and let them go on. A line to each.
 
-    `facts` is what must be equal everywhere: versions, the config.
+    `facts` is what must be equal everywhere: versions, the command. None is not known, and equal to anything.
 
     Raises:
         UserError: the address cannot be bound; processes that did not come, that contradict each other, or that run
@@ -136,10 +136,11 @@ def _against(
             f"{member.host}; number them from 0 to {plan.count - 1}"
         )
     theirs = hello["facts"]
-    differ = [name for name in {**facts, **theirs} if facts.get(name) != theirs.get(name)]
+    known = [name for name in facts if facts[name] is not None and theirs.get(name) is not None]
+    differ = [name for name in known if facts[name] != theirs[name]]
     if not differ:
         return None
-    shown = "; ".join(f"{name} is {theirs.get(name)} there and {facts.get(name)} here" for name in differ[:3])
+    shown = "; ".join(f"{name} is {theirs[name]} there and {facts[name]} here" for name in differ[:3])
     more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
     return (
         f"{member} does not run what {here} runs: {shown}{more}; install the same and give the same command on every "

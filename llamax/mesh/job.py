@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import queue
 import selectors
+import socket
 import sys
 import threading
 import time
@@ -64,6 +65,8 @@ def start_processes(plan: Processes | None, facts: Mapping[str, Any]) -> Iterato
     if plan is None:
         yield ALONE
         return
+    import jax  # before there is a thread to beat: loading libraries from a slow disk holds all threads
+
     job: Several | None = None
     with _stdout_aside():
         try:
@@ -80,8 +83,6 @@ def start_processes(plan: Processes | None, facts: Mapping[str, Any]) -> Iterato
                 raise
             job.fail(error)
         job.leave()  # type: ignore[union-attr]
-        import jax
-
         jax.distributed.shutdown()
         job.close()  # type: ignore[union-attr]
     if stopped is not None:
@@ -191,6 +192,9 @@ class Several(Job):
     def close(self) -> None:
         """After `leave`: the connections are not needed any more."""
         self._closing.set()
+        for line in self._lines.values():
+            with suppress(OSError):
+                line.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
         self._thread.join(self._seconds)
         for line in self._lines.values():
             line.socket.close()

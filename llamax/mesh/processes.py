@@ -27,6 +27,7 @@ OPTIONS = {
     "peer_seconds": "LLAMAX_PEER_SECONDS",
     "start_seconds": "LLAMAX_START_SECONDS",
 }
+Option = str | int | float | None
 PEER_SECONDS = 30.0  # without a sign of life from a process before the others end
 START_SECONDS = 300.0  # for all processes to come together
 PORT, PORTS = 61440, 2000  # of SLURM jobs: above the range from which Linux takes ports for outgoing connections
@@ -74,7 +75,9 @@ class Processes:
         return int(port) if port.isdigit() else 0
 
 
-def find_processes(environment: Mapping[str, str] = os.environ, **options: str | float | None) -> Processes | None:
+def find_processes(
+    environment: Mapping[str, str] = os.environ, **options: str | float | int | None
+) -> Processes | None:
     """This process's place in its job, or None for a plain one. `options` are those of OPTIONS.
 
     Raises:
@@ -120,7 +123,7 @@ class Told(NamedTuple):
             raise UserError(f"{self.label}={self.text!r} is not a {'number' if seconds else 'whole number'}") from None
 
 
-def _told(name: str, options: Mapping[str, str | float | None], environment: Mapping[str, str]) -> Told | None:
+def _told(name: str, options: Mapping[str, Option], environment: Mapping[str, str]) -> Told | None:
     """An option, or else its variable."""
     if (option := options.get(name)) is not None:
         return Told(f"--{name.replace('_', '-')}", str(option))

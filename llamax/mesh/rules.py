@@ -11,8 +11,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llamax.config.files import find, read_yaml
 from llamax.config.mesh import MeshConfig
 from llamax.errors import UserError
+from llamax.mesh.layout import laid_out
 
-AXES = ("data", "fsdp", "tensor", "expert")
+AXES = ("data", "fsdp", "expert", "tensor")  # from the one that communicates least to the one that does most
 Rules = dict[str, tuple[str, ...]]
 
 
@@ -36,7 +37,7 @@ def load_rules(name: str) -> Rules:
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The device mesh with axes data, fsdp, tensor, expert; -1 becomes the devices the others leave.
+    """The device mesh with axes AXES, laid out as layout.py says; -1 becomes the devices the others leave.
 
     Without a -1 a single process uses as many of its devices as asked for.
 
@@ -65,7 +66,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             )
         devices = devices[:fixed]  # what was asked for; the others stay idle
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+    return Mesh(laid_out(sizes, devices), AXES, axis_types=types)
 
 
 def spec_of(axes: tuple[str, ...], shape: tuple[int, ...], rules: Rules, mesh: Mesh, name: str) -> PartitionSpec:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from llamax.train.goodput import shares
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
@@ -85,6 +87,8 @@ def status_table(state: Mapping[str, Any], most: int | None = None) -> Table:
     left = f", about {duration(state['seconds_left'])} left" if state["left"] else ""
     columns = ("cell", "state", "step", "loss", "tokens/s", "time", "left", "note")
     table = plain_table(*columns, title=f"{state['study']}: {counts}{left}")
+    if state.get("spent"):
+        table.caption = f"time of all cells: {shares(state['spent'])}"
     rows = list(state["cells"])
     if most is not None and len(rows) > most:
         order = {"running": 0, "failed": 1, "diverged": 2, "pending": 3, "done": 4}

@@ -13,7 +13,7 @@ of a run, a checkpoint has them as of its step, and what lies between the two is
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,19 +78,22 @@ def carried(saved: Mapping[str, float], last: Mapping[str, Any] | None, now: flo
     return found
 
 
+def total(accounts: Iterable[Mapping[str, float]]) -> Seconds:
+    """The sum of accounts by kind; {} of none."""
+    found: Seconds = {}
+    for account in accounts:
+        for kind, seconds in account.items():
+            found[kind] = found.get(kind, 0.0) + seconds
+    return found
+
+
 def busy(seconds: Mapping[str, float]) -> float:
     """The seconds in which a process was there."""
-    return sum(value for kind, value in seconds.items() if kind != "idle")
-
-
-def goodput(seconds: Mapping[str, float]) -> float | None:
-    """The share of training in all the time since the first start; None before any."""
-    total = sum(seconds.values())
-    return seconds.get("step", 0.0) / total if total > 0 else None
+    return sum((value for kind, value in seconds.items() if kind != "idle"), 0.0)
 
 
 def shares(seconds: Mapping[str, float], least: float = 0.005) -> str:
     """In words, largest first: `93 % step, 5 % compile, 2 % data`; kinds under `least` of the whole are left out."""
-    total = sum(seconds.values())
-    parts = sorted(((value / total, kind) for kind, value in seconds.items()), reverse=True) if total > 0 else []
+    whole = sum(seconds.values())
+    parts = sorted(((value / whole, kind) for kind, value in seconds.items()), reverse=True) if whole > 0 else []
     return ", ".join(f"{share:.0%} {kind}" for share, kind in parts if share >= least).replace("%", " %")

@@ -19,7 +19,7 @@ import jax
 from llamax.accounting.horizon import Horizon, horizon
 from llamax.config.run import RunConfig
 from llamax.data.batches import TrainBatches
-from llamax.errors import Interrupted, UserError
+from llamax.errors import Interrupted
 from llamax.mesh.job import ALONE, Job
 from llamax.mesh.rules import batch_sharding
 from llamax.mesh.start import start
@@ -31,10 +31,17 @@ from llamax.train.population import Answer, Ask, Coroutine, Seat, alone, whole
 from llamax.train.precision import Precision, begun_with, with_dtype
 from llamax.train.progress import Progress
 from llamax.train.record import Record
-from llamax.train.remat import rematerialization
 from llamax.train.rows import plain
 from llamax.train.run_dir import Run, open_run, read_time, stage
-from llamax.train.setup import Common, batches_of, dispatch_shapes, held_out, load_dispatch, share
+from llamax.train.setup import (
+    Common,
+    batches_of,
+    dispatch_shapes,
+    held_out,
+    load_dispatch,
+    notes,
+    share,
+)
 from llamax.train.signals import StopRequest, stop_signals
 from llamax.train.state import TrainState
 from llamax.train.step import Batch, Dispatch, execution_of, make_dispatch
@@ -69,8 +76,7 @@ def train(
     start()
     run_dir = stage(run_dir, config.branch, job)
     chosen = Precision(*job.agree(begun_with(config, run_dir, jax.devices() if devices is None else devices)))
-    common = share(config, devices)
-    _check_data(common, job)
+    common = share(config, devices, job)
     with ThreadPoolExecutor(1, "compile") as beside:  # XLA compiles on the cores that restoring leaves idle
         program: list[Future[Dispatch]] = []
 
@@ -110,16 +116,6 @@ def run_steps(
         batches = batches_of(config, common)
         session = _Session(config, horizon(config), run, common, batches, chosen, report or _silent, job)
         return (yield from session.run(signals, begin))
-
-
-def _check_data(common: Common, job: Job) -> None:
-    """Raises UserError in a process whose data are not the leader's."""
-    leaders = job.agree(common.store.fingerprint)
-    if leaders != common.store.fingerprint:
-        raise UserError(
-            f"{common.store.path}: the data's fingerprint is {common.store.fingerprint[:12]} in process {job.index} "
-            f"and {leaders[:12]} in process 0; train from one store that all processes read (data.store)"
-        )
 
 
 class _Next(NamedTuple):
@@ -187,10 +183,10 @@ class _Session:
                 with self.spent.on("checkpoint"):
                     checkpoints.wait()
                 if isinstance(found, str):
-                    self.run_dir.log_time(step, self.spent.seconds())
+                    self._log_time(step)
                     raise Interrupted(found, step)
             result = plain(self._result(step, cause, int(final.skipped), *found))
-            self.run_dir.log_time(step, self.spent.seconds())
+            self._log_time(step)
             self.run_dir.finish(result)
         self._progress(step, "done")
         return result
@@ -218,6 +214,7 @@ class _Session:
         """Dispatch until the horizon, one dispatch ahead of the metrics; (state, cause of divergence)."""
         steps, cause = self.horizon.steps, None
         self.spent.now("step")
+        self._log_time(step)
         if self._evaluation_due(step):  # a checkpoint is saved before its evaluation, which may not have ended
             self._evaluate(whole(state), step, stop)
         self.fetched_at = (step, time.perf_counter())
@@ -253,16 +250,14 @@ class _Session:
             self._save(checkpoints, step, state, permanent=False)
             with self.spent.on("checkpoint"):
                 checkpoints.wait()
-            self.run_dir.log_time(step, self.spent.seconds())
+            self._log_time(step)
             raise Interrupted(signal, step)
 
     # ------------------------------------------------------------ pieces
     def _say_choices(self) -> None:
         """What the config left to the machine."""
-        if self.asked == "auto":
-            self._say(f"note: products in {self.chosen.dtype}: {self.chosen.why}")
-        if self.config.train.remat == "auto":
-            self._say(f"note: {rematerialization(self.config, self.mesh)[1]}")
+        for note in notes(self.asked, self.chosen, self.config, self.mesh):
+            self._say(f"note: {note}")
 
     def _next(self, step: int, save: str | None, stop: StopRequest) -> _Next:
         """What comes after `step`, as the leader sees it: clocks and signals of the others are not asked."""
@@ -322,8 +317,7 @@ class _Session:
         self.run_dir.log([r for r in rows if r["step"] % every == 0 or r["step"] in (1, last) or r["bad"]])
         self.loss = rows[-1]["loss"]
         if now - self.time_logged > TIME_SECONDS:
-            self.time_logged = now
-            self.run_dir.log_time(first + count, self.spent.seconds())
+            self._log_time(first + count)
         self._progress(first + count, "train")
         return self.record.diverged(rows[-1]) if self.config.train.on_divergence == "stop" else None
 
@@ -363,6 +357,10 @@ class _Session:
             "tokens_per_second": rate,
         }
 
+    def _log_time(self, step: int) -> None:
+        self.time_logged = time.perf_counter()
+        self.run_dir.log_time(step, self.spent.seconds())
+
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.clock
 
@@ -375,21 +373,13 @@ class _Session:
             meta: dict[str, Any] = {"seconds": self._seconds(), "data_seconds": self.data_seconds, "loss": self.loss}
             meta |= {"cause": cause, "newest": self.run_dir.newest, "fingerprint": self.store.fingerprint}
             checkpoints.save(step, state, {**meta, "spent": self.spent.seconds()}, permanent)
+            self._log_time(step)
 
     def _progress(self, step: int, phase: str) -> None:
         rate, tokens = self.rate, self.record.tokens_per_step
         left = (self.horizon.steps - step) * tokens / rate if rate else None
-        self.report(
-            Progress(
-                step=step,
-                steps=self.horizon.steps,
-                tokens=step * tokens,
-                loss=self.loss,
-                tokens_per_second=rate,
-                seconds_left=left,
-                phase=phase,
-            )
-        )
+        done: dict[str, Any] = {"step": step, "steps": self.horizon.steps, "tokens": step * tokens, "phase": phase}
+        self.report(Progress(**done, loss=self.loss, tokens_per_second=rate, seconds_left=left))
 
     def _say(self, text: str) -> None:
         if self.job.leader:

@@ -16,8 +16,11 @@ from llamax.data.batches import TrainBatches, eval_batches
 from llamax.data.open import open_data
 from llamax.data.store import Store
 from llamax.errors import UserError
+from llamax.mesh.job import ALONE, Job
 from llamax.mesh.rules import Rules, batch_sharding, batch_ways, load_rules, make_mesh
 from llamax.mesh.slices import on_mesh, rows_of
+from llamax.train.precision import Precision
+from llamax.train.remat import rematerialization
 from llamax.train.state import TrainState, abstract_state, initializer
 
 
@@ -31,10 +34,10 @@ class Common(NamedTuple):
     initialize: Callable[[dict[str, jax.Array], np.int32], TrainState]
 
 
-def share(config: RunConfig, devices: list[jax.Device] | None = None) -> Common:
+def share(config: RunConfig, devices: list[jax.Device] | None = None, job: Job = ALONE) -> Common:
     """`Common` of a run on `devices` (None: all). Raises UserError: horizon, data or mesh do not fit the config."""
     horizon(config)  # less than a step is refused before any data is built
-    store = open_data(config.data)
+    store = _open(config, job)
     _check_vocabulary(config, store)
     rules, mesh, abstract = share_places(config, devices)
     return Common(store, rules, mesh, abstract, initializer(config, abstract))
@@ -46,6 +49,19 @@ def share_places(config: RunConfig, devices: list[jax.Device] | None = None) -> 
     mesh = make_mesh(config.mesh, devices)
     _check_batch(config, batch_ways(rules, mesh))
     return rules, mesh, abstract_state(config, rules, mesh)
+
+
+def _open(config: RunConfig, job: Job) -> Store:
+    """The data, opened and perhaps built by the leader first. Raises UserError where they are not the leader's."""
+    store = open_data(config.data) if job.leader else None
+    leaders = job.agree(store.fingerprint if store else "")
+    store = store or open_data(config.data)
+    if leaders != store.fingerprint:
+        raise UserError(
+            f"{store.path}: the data's fingerprint is {store.fingerprint[:12]} in process {job.index} and "
+            f"{leaders[:12]} in process 0; train from one store that all processes read (data.store)"
+        )
+    return store
 
 
 def batches_of(config: RunConfig, common: Common) -> TrainBatches:
@@ -97,6 +113,12 @@ def dispatch_shapes(config: RunConfig, common: Common) -> tuple[TrainState, dict
     names = ["tokens", "segments"] if config.data.mask_documents else ["tokens"]
     batches = {name: jax.ShapeDtypeStruct(shape, np.int32, sharding=place) for name in names}
     return common.abstract, batches, jax.ShapeDtypeStruct((), np.int32)
+
+
+def notes(asked: str, chosen: Precision, config: RunConfig, mesh: Mesh) -> list[str]:
+    """What a run says before it compiles: what its config left to the machine (`asked` is its own compute_dtype)."""
+    found = [f"products in {chosen.dtype}: {chosen.why}"] if asked == "auto" else []
+    return found + ([rematerialization(config, mesh)[1]] if config.train.remat == "auto" else [])
 
 
 def _check_vocabulary(config: RunConfig, store: Store) -> None:

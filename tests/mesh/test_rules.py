@@ -116,7 +116,7 @@ def test_an_axis_without_a_rule_names_the_array_and_the_line_to_add() -> None:
 def test_a_rule_to_no_mesh_axis(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("batch: data\nmlp: [fsdp, model]\n")
-    with pytest.raises(UserError, match=r"mlp -> 'model' is not a mesh axis; use one of data, fsdp, tensor, expert"):
+    with pytest.raises(UserError, match=r"mlp -> 'model' is not a mesh axis; use one of data, fsdp, expert, tensor"):
         load_rules(str(path))
 
 

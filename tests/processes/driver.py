@@ -1,14 +1,16 @@
 """The command line, with eyes and faults: `python driver.py '{"rows": "rows.json"}' train ...`.
 
-    rows      a file that gets the rows of training and held-out batches that this process read, as JSON
-    versions  {package: version} that this process believes to have installed
+rows      a file that gets the rows of training and held-out batches that this process read, as JSON
+versions  {package: version} that this process believes to have installed
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from signal import SIGKILL, SIGSTOP, SIGTERM, raise_signal
 from typing import Any
 
 
@@ -23,9 +25,34 @@ def main() -> None:
 
         found = env.versions()
         found.update(asked["versions"])
+    for name, signal in (("sigterm_at", SIGTERM), ("kill_at", SIGKILL), ("stop_at", SIGSTOP)):
+        if name in asked:
+            at_step(asked[name], lambda step, signal=signal: raise_signal(signal))
+    if "raise_at" in asked:
+        at_step(asked["raise_at"], fail)
     from llamax.cli import main as llamax
 
     llamax()
+
+
+def at_step(wanted: int, act: Callable[[int], None]) -> None:
+    """Call `act` once, when the metrics of step `wanted` have come to this process."""
+    from llamax.train.record import Record
+
+    row, done = Record.row, []
+
+    def watched(self: Record, step: int, *rest: Any) -> dict[str, Any]:
+        if step >= wanted and not done:
+            done.append(step)
+            act(step)
+        return row(self, step, *rest)
+
+    Record.row = watched  # type: ignore[method-assign]
+
+
+def fail(step: int) -> None:
+    """The error that nobody expects."""
+    raise RuntimeError(f"a fault at step {step}")
 
 
 def watch_rows(file: Path) -> None:

@@ -4,11 +4,12 @@
     job.wait_for_step(run, 5); job.signal(1, signal.SIGKILL)
     codes = job.wait()
 
-`Schedule` and a driver (driver.py) put faults into one of them. Nothing here is specific to a test.
+`faults` of `start` arm the driver (driver.py) of one process. Nothing here is specific to a test.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ from llamax.train.run_dir import read_metrics
 
 ROOT = Path(__file__).parents[2]
 DRIVER = Path(__file__).with_name("driver.py")
-LIMIT = 120.0  # seconds after which a process counts as hanging
+LIMIT = 600.0  # seconds after which a process counts as hanging; it may share its processor with many
 
 
 def free_port() -> int:
@@ -120,11 +121,25 @@ def start(
     common["LLAMAX_CACHE"] = os.environ["LLAMAX_CACHE"]
     processes, logs = [], []
     for index in range(count):
-        place = {"LLAMAX_COORDINATOR": f"127.0.0.1:{port}", "LLAMAX_PROCESSES": str(count), "LLAMAX_PROCESS": str(index)}
+        place = {
+            "LLAMAX_COORDINATOR": f"127.0.0.1:{port}",
+            "LLAMAX_PROCESSES": str(count),
+            "LLAMAX_PROCESS": str(index),
+        }
         env = {**common, **(place if places else {}), **((each or {}).get(index) or {})}
         log = folder / f"process-{index}.err"
         command = [sys.executable, str(DRIVER), json.dumps((faults or {}).get(index) or {}), *map(str, words)]
         with log.open("wb") as err, log.with_suffix(".out").open("wb") as out:
-            processes.append(subprocess.Popen(command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=err))
+            processes.append(
+                subprocess.Popen(command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+            )
         logs.append(log)
+    atexit.register(_kill, processes)
     return Job(processes, logs)
+
+
+def _kill(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Leave nothing behind, however the tests end."""
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
