@@ -44,6 +44,7 @@ class Moto:
 
         def app(request: dict[str, Any], respond: Any) -> Any:
             if self.read_only and request["REQUEST_METHOD"] not in ("GET", "HEAD"):
+                request["wsgi.input"].read(int(request.get("CONTENT_LENGTH") or 0))
                 respond("403 Forbidden", [("Content-Type", "application/xml")])
                 return [b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"]
             return moto(request, respond)

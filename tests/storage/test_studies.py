@@ -181,3 +181,36 @@ def test_a_bucket_that_cannot_be_written_is_one_message(
         assert (code, json.loads(out)["counts"]["pending"]) == (0, 1), err
     finally:
         moto.read_only = False
+
+
+@pytest.mark.slow
+def test_a_sweep_in_a_bucket_is_the_sweep_on_a_disk(
+    bucket: str, emulator: Moto | FakeGCS, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers, populations included, and an outage while they train."""
+    from llamax.report.ledger import ledger
+    from tests.train.conftest import build
+    from tests.train.runs import write_texts
+
+    monkeypatch.setenv("LLAMAX_STORAGE_SECONDS", "5")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]), prepend=os.pathsep)
+    store = build(write_texts(tmp_path / "texts"), tmp_path / "store").path
+    spec = tmp_path / "spec.yaml"
+    base = {"model": {"base": "ladder/d16", "max_seq_len": 64}, "data": {"store": str(store)}}
+    base["train"] = {"steps": 300, "seq_len": 16, "batch_size": 8, "compute_dtype": "float32"}
+    spec.write_text(json.dumps({"name": "s", "base": base, "axes": [{"kind": "seeds", "count": 4}]}))
+    address = f"{bucket}/studies/s"
+    outage = threading.Timer(25.0, lambda: (emulator.stop(), time.sleep(8), emulator.start()))
+    outage.start()
+    code, out, err = cli("sweep", "run", spec, "--dir", address, "--workers", 2, "--json")
+    outage.join()
+    assert code == 0, err
+    assert json.loads(out)["counts"]["done"] == 4
+    monkeypatch.setenv("LLAMAX_CACHE", str(tmp_path / "elsewhere"))
+    assert counts(address) == {"done": 4}
+    code, _, err = cli("sweep", "run", spec, "--dir", tmp_path / "disk", "--workers", 2, "--json")
+    assert code == 0, err
+    there, here = ledger(address), ledger(tmp_path / "disk")
+    assert len(there) == 4
+    pairs = zip(there.sort_values("run")["eval_loss"], here.sort_values("run")["eval_loss"], strict=True)
+    assert all(abs(a - b) < 1e-5 for a, b in pairs), "a population agrees with another to float tolerance"
