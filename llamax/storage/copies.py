@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from llamax.errors import UserError
 from llamax.storage.bucket import ABSENT, Conflict, Missing, Object, open_bucket
-from llamax.storage.places import address_of, is_address, is_staged, notes_of, view_of
+from llamax.storage.places import address, address_of, is_address, is_staged, notes_of, parts, view_of
 
 T = TypeVar("T")
 THREADS = 16
@@ -69,6 +69,13 @@ class Copy:
         for name in list(self.noted()):
             if name not in objects:
                 self._drop(name)
+
+    def fetch(self, name: str) -> bool:
+        """Bring one file up to date; False where there is none."""
+        item = self.bucket.stat(self.key(name))
+        if item is not None and not self._has(name, item):
+            self._fetch(name, item)
+        return item is not None
 
     def push(self, name: str, *, over: bool = False) -> None:
         """Send one file over the version it was made from (`over`: over anything), or delete the object if it is gone.
@@ -176,7 +183,8 @@ class Copy:
 
 # ---------------------------------------------------------------- views
 def at_hand(path: str | Path, *, new: bool = False, seconds: float | None = None) -> Path:
-    """`path` itself, or of an address the folder that shows what is there now. `new`: nothing need be there yet.
+    """`path` itself, or of an address the folder, or file, that shows what is there now. `new`: a folder that may be
+    there or not.
 
     Raises:
         UserError: nothing there, or the bucket refuses or does not answer.
@@ -184,10 +192,10 @@ def at_hand(path: str | Path, *, new: bool = False, seconds: float | None = None
     if not is_address(path):
         return Path(path)
     view = view_of(path)
-    found = refresh(view, seconds)
-    if not found and not new:
-        raise UserError(f"{address_of(view)}: nothing is there; correct the address")
-    view.mkdir(parents=True, exist_ok=True)
+    if refresh(view, seconds) or new:
+        view.mkdir(parents=True, exist_ok=True)
+    elif not parts(path)[2] or not Copy(view.parent, address(path).rpartition("/")[0], seconds).fetch(view.name):
+        raise UserError(f"{address(path)}: nothing is there; correct the address")
     return view
 
 

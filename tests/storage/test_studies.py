@@ -159,6 +159,10 @@ def test_the_command_line_sees_buckets(bucket: str, tmp_path: Path, cli: Cli, mo
     assert json.loads(out)["report"] == f"{address}/report.html"
     here, key = open_bucket(address)
     assert b"<html" in here.read(f"{key}/report.html")[0][:2000]
+    table = tmp_path / "runs.csv"
+    assert cli("ledger", address, "--out", table)[0] == 0
+    here.write(f"{key}-runs.csv", table.read_bytes())
+    assert at_hand(f"{address}-runs.csv").read_bytes() == table.read_bytes()
     code, out, err = cli("ledger", f"{address}-not")
     assert (code, out) == (2, "")
     assert f"error: {address}-not: nothing is there; correct the address" in err
