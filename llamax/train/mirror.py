@@ -35,6 +35,7 @@ from llamax.train.lock import LOCK
 RESULT, SENDING, STAGED = "result.json", ".sending-", ".staged-"
 SEND_SECONDS = 10.0  # between two looks at what changed
 RUN_LEASE_SECONDS = 30.0
+VISIBLE_SECONDS = 30.0  # in which a file on a shared file system is seen by other machines
 _WHOLE = re.compile(r"\d+(\.temporary)?")
 
 
@@ -69,9 +70,9 @@ def stage(run_dir: str | Path, branch: Branch | None = None, job: Job = ALONE) -
     return local
 
 
-def _appears(path: Path, seconds: float = 5.0) -> bool:
+def _appears(path: Path) -> bool:
     """Whether a file is there, or comes: shared file systems may show it to other machines a little later."""
-    until = time.monotonic() + seconds
+    until = time.monotonic() + VISIBLE_SECONDS
     while not path.exists():
         if time.monotonic() > until:
             return False

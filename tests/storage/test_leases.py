@@ -18,7 +18,7 @@ from llamax.storage.places import address_of, view_of
 
 from .emulators import FakeGCS, Moto
 
-SPAWN = multiprocessing.get_context("spawn")
+FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
@@ -42,8 +42,8 @@ def _racer(folder: Path, names: list[str], start: object, out: object) -> None:
 
 def test_of_many_processes_one_wins_each_name(folder: Path) -> None:
     names = [f"c{i}" for i in range(6)]
-    start, out = SPAWN.Barrier(4), SPAWN.Queue()
-    processes = [SPAWN.Process(target=_racer, args=(folder, names, start, out)) for _ in range(4)]
+    start, out = FORK.Barrier(4), FORK.Queue()
+    processes = [FORK.Process(target=_racer, args=(folder, names, start, out)) for _ in range(4)]
     [process.start() for process in processes]
     won = [name for _ in processes for name in out.get(timeout=60)]
     [process.join(60) for process in processes]

@@ -22,6 +22,7 @@ from llamax.data.format import Store
 from llamax.data.open import open_data
 from llamax.data.remote import fetched, send
 from llamax.errors import Interrupted, UserError
+from llamax.mesh.job import Job
 from llamax.storage import leases
 from llamax.storage.bucket import open_bucket
 from llamax.storage.copies import at_hand
@@ -31,6 +32,7 @@ from llamax.train.checkpoints import find_checkpoints
 from llamax.train.digests import verify_digests
 from llamax.train.load import load_run
 from llamax.train.loop import train
+from llamax.train.mirror import stage
 from llamax.train.progress import Progress
 from llamax.train.run_dir import CHECKPOINTS, read_evals, read_metrics, read_result
 from tests.train.runs import RUN, run_config, write_texts
@@ -154,6 +156,7 @@ def test_a_bucket_that_vanishes_pauses_the_run_and_loses_nothing(
     assert_same(address, whole)
 
 
+@pytest.mark.slow
 def test_stopped_while_the_bucket_is_away_it_goes_on_from_this_disk(
     bucket: str, emulator: Moto | FakeGCS, config: RunConfig, whole: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
@@ -304,6 +307,28 @@ def test_a_store_in_a_bucket_is_fetched_once_and_verified(
     another_machine(monkeypatch, tmp_path)
     with pytest.raises(UserError, match=f"{where}/{name}: differs from its digest"):
         fetched(where)
+
+
+def test_the_processes_of_a_job_share_the_cache_folder(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, marks = f"{bucket}/runs/a", list[str]()
+
+    class Part(Job):
+        count = 2
+
+        def __init__(self, index: int) -> None:
+            self.index = index
+
+        def agree(self, value: Any) -> Any:
+            marks.append(value)
+            return marks[0]  # the leader's
+
+    assert stage(address, None, Part(0)) == stage(address, None, Part(1)) == staging_of(address)
+    another_machine(monkeypatch, tmp_path)
+    monkeypatch.setattr(mirror, "VISIBLE_SECONDS", 0.2)
+    with pytest.raises(UserError, match=r"process 1 does not see .* set LLAMAX_CACHE \(here .*\) to a folder that all"):
+        stage(address, None, Part(1))
 
 
 # ---------------------------------------------------------------- processes that are killed
