@@ -16,6 +16,8 @@ from llamax import (
     curving,
     fitting,
     generating,
+    launching,
+    planning,
     predicting,
     profiling,
     studying,
@@ -44,7 +46,9 @@ app.add_typer(data_app, name="data")
 app.add_typer(model_app, name="model")
 app.add_typer(config_app, name="config")
 app.command("fit")(fitting.fit)
+app.command("launch")(launching.launch)
 app.command("generate")(generating.generate)
+app.command("plan")(planning.plan)
 app.command("profile")(profiling.profile)
 app.command("curves")(curving.curves)
 app.command("predict")(predicting.predict)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llamax.console import Json, NewAtHand, Overrides, StudyPath, print_json, show
+from llamax.console import Json, NewAtHand, Overrides, StudyPath, emit, print_json, show
 
 if TYPE_CHECKING:
     from llamax.sweep.plan import Plan
@@ -102,15 +102,27 @@ def sweep_run(
 
 @app.command("status")
 def sweep_status(study: StudyPath, as_json: Json = False) -> None:
-    """What is done, running, failed and pending."""
+    """What is done, running, failed and pending, and what the schedulers say of launched workers."""
+    from llamax.launch.records import jobs
     from llamax.sweep.status import status
-    from llamax.sweep.tables import status_table
+    from llamax.sweep.tables import jobs_table, status_table
 
     found = status(study)
+    launched = jobs(study)
     if as_json:
-        print_json(found)
+        print_json(found | {"jobs": launched})
     else:
-        show(status_table(found))
+        show(status_table(found), *([jobs_table(launched)] if launched else []))
+
+
+@app.command("cancel")
+def sweep_cancel(study: StudyPath, as_json: Json = False) -> None:
+    """End the launched workers of a study; what they trained is kept, and `launch` goes on from it."""
+    from llamax.launch.records import cancel
+    from llamax.sweep.study import read_study
+
+    read_study(study)
+    emit({"study": str(study), "ended": cancel(study)}, as_json)
 
 
 @app.command("next")

@@ -22,6 +22,7 @@ ROWS = [
     {"train"},
     {"tune", "quant", "hub", "generate"},
     {"report", "scaling", "sweep"},
+    {"launch"},
     {path.stem for path in PACKAGE.glob("*.py")} - {"errors"},
 ]
 LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}

@@ -15,10 +15,10 @@ class Host(NamedTuple):
 
 
 # cudnn: flash attention through jax.nn, which partitions itself over batch and heads; bfloat16 from Ampere on.
-# splash: TPU flash attention (Pallas); a Pallas call does not partition itself, so one device.
+# splash: TPU flash attention (Pallas); a Pallas call does not partition itself, so flash.py does it by hand.
 RULES: dict[str, Callable[[Host], bool]] = {
     "cudnn": lambda host: host.platform == "cuda" and host.capability >= 8.0,
-    "splash": lambda host: host.platform == "tpu" and host.devices == 1,
+    "splash": lambda host: host.platform == "tpu",
 }
 
 
@@ -27,7 +27,7 @@ def host_of(devices: Iterable[Any]) -> Host:
     devices = list(devices)
     first = devices[0]
     gpu = first.platform == "gpu"
-    platform = ("cuda" if "cuda" in first.client.platform_version else "rocm") if gpu else first.platform
+    platform = ("rocm" if "rocm" in first.client.platform_version else "cuda") if gpu else first.platform
     capability = min(float(device.compute_capability) for device in devices) if platform == "cuda" else 0.0
     return Host(platform, capability, len(devices))
 

@@ -19,6 +19,7 @@ from llamax.storage.bucket import StorageError
 from llamax.storage.copies import publish, refresh
 from llamax.storage.places import address_of
 from llamax.sweep.claim import Lease, LeaseLost
+from llamax.sweep.deaths import counted
 from llamax.sweep.plan import Cell
 from llamax.sweep.process import me
 from llamax.sweep.study import record_failure
@@ -56,7 +57,8 @@ def progress_path(study: Path, cell: str) -> Path:
 def _alone(study: Path, lease: Lease, cell: Cell, train: Train, emit: OnEvent, should_stop: ShouldStop) -> End:
     try:
         report = _reporter(study, lease, cell, emit, should_stop)
-        return _trained(train, cell.config, study / cell.run_name, report)
+        with counted(study, cell):
+            return _trained(train, cell.config, study / cell.run_name, report)
     except Interrupted as stop:  # the training loop caught the signal itself, and has saved
         raise Stopped(str(stop)) from None
     except (Exception, LeaseLost) as error:

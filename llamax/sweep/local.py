@@ -20,6 +20,7 @@ from llamax.errors import UserError
 from llamax.storage.bucket import StorageError
 from llamax.storage.places import address_of
 from llamax.sweep.claim import holder
+from llamax.sweep.crew import ASKED
 from llamax.sweep.packing import AUTO, NEVER, Pack
 from llamax.sweep.process import cores, me, share
 from llamax.sweep.status import status
@@ -28,7 +29,6 @@ from llamax.sweep.study import clear_failures, is_finished, read_study, record_f
 GRACE_SECONDS = 10.0
 BUCKET_SECONDS = 5.0  # between two looks at a study in a bucket
 CRASHES = 3  # of one cell's worker before the cell counts as failed
-ASKED = 128 + signal.SIGTERM  # a worker's exit code when it was asked to stop
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -108,6 +108,7 @@ def _spawner(
     def spawn(index: int, packs: bool = True) -> _Worker:
         mine = share(available, index, workers, threads)
         env = os.environ | {name: str(len(mine)) for name in THREADS}
+        env["LLAMAX_PROCESSES"] = "1"  # a worker by itself, whatever has started this process
         env["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
         if workers > 1:
             env.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several workers share one accelerator's memory

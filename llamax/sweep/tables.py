@@ -104,6 +104,17 @@ def status_table(state: Mapping[str, Any], most: int | None = None) -> Table:
     return table
 
 
+def jobs_table(jobs: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a launched job that lives or cannot be asked after, and how many have ended."""
+    ended = sum(job["live"] is False for job in jobs)
+    title = f"Launched workers: {len(jobs)}, {ended} of them ended"
+    table = plain_table("job", "launcher", "state", "note", title=title)
+    for job in jobs:
+        if job["live"] is not False:
+            table.add_row(job["id"], job["launcher"], job["state"], _plain(job["note"]))
+    return table
+
+
 def si(value: float, unit: str = "") -> str:
     """Three digits and a letter: 34.9k, 7.15M, 25.7MB."""
     for power, letter in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):

@@ -73,6 +73,7 @@ def train(
         UserError: data, mesh or run directory do not fit the config.
         Interrupted: a signal asked to stop; the same call resumes.
     """
+    spent = Spent()
     start()
     run_dir = stage(run_dir, config.branch, job)
     chosen = Precision(*job.agree(begun_with(config, run_dir, jax.devices() if devices is None else devices)))
@@ -83,7 +84,9 @@ def train(
         def begin() -> None:
             program.append(beside.submit(compile_dispatch, with_dtype(config, chosen.dtype), common))
 
-        run = run_steps(config, run_dir, common, chosen, report=report, signals=stop_signals, begin=begin, job=job)
+        run = run_steps(
+            config, run_dir, common, chosen, report=report, signals=stop_signals, begin=begin, job=job, spent=spent
+        )
         return alone(run, lambda: program[0].result())
 
 
@@ -103,18 +106,21 @@ def run_steps(
     signals: Signals,
     begin: Callable[[], None] = lambda: None,
     job: Job = ALONE,
+    spent: Spent | None = None,
 ) -> Coroutine:
     """`train` as a coroutine, which asks for its dispatches instead of running them (see population.py).
 
-    `begin` is called before anything slow once there are steps to run, as far as checkpoints' names tell.
+    `begin` is called before anything slow once there are steps to run, as far as checkpoints' names tell; `spent`
+    accounts for the time, from now on where there is none yet.
     """
+    spent = spent or Spent()
     if job.leader:
         check_trunk(config, run_dir)
     with open_run(run_dir, config, common.store.fingerprint, chosen._asdict(), writer=job.leader) as run:
         if (result := job.agree(run.result if job.leader else None)) is not None:
             return result
         batches = batches_of(config, common)
-        session = _Session(config, horizon(config), run, common, batches, chosen, report or _silent, job)
+        session = _Session(config, horizon(config), run, common, batches, chosen, report or _silent, job, spent)
         return (yield from session.run(signals, begin))
 
 
@@ -139,6 +145,7 @@ class _Session:
         chosen: Precision,
         report: Report,
         job: Job,
+        spent: Spent,
     ):
         self.hash, self.asked = config.hash8, config.train.compute_dtype
         self.config, self.chosen = with_dtype(config, chosen.dtype), chosen
@@ -153,7 +160,7 @@ class _Session:
         self.train_seconds = 0.0
         self.train_steps = 0
         self.data_seconds = 0.0  # in which the device may have waited for batches
-        self.spent, self.time_logged = Spent(), self.clock
+        self.spent, self.time_logged = spent, self.clock
 
     # ------------------------------------------------------------ the run, top to bottom
     def run(self, signals: Signals, begin: Callable[[], None]) -> Coroutine:
@@ -193,16 +200,16 @@ class _Session:
 
     def _restore(self, checkpoints: Checkpoints) -> tuple[TrainState, int, str | None]:
         """(state, steps tried, cause of divergence) to continue from."""
-        last, now = read_time(self.run_dir.path), time.time()
+        last, began = read_time(self.run_dir.path), time.time() - sum(self.spent.seconds().values())
         found = checkpoints.restore(self.common.abstract)
         if found is None:
             step, state = first_state(self.config, self.run_dir.path, self.common)
             if last is not None:
-                self.spent.resume(carried({}, last, now))
+                self.spent.resume(carried({}, last, began))
             self.run_dir.rewind(step)
             return state, step, None
         step, state, meta = found
-        self.spent.resume(carried(meta.get("spent", {}), last, now))
+        self.spent.resume(carried(meta.get("spent", {}), last, began))
         self.seconds_before, self.loss = float(meta.get("seconds", 0.0)), meta.get("loss")
         self.data_seconds = float(meta.get("data_seconds", 0.0))
         self.run_dir.rewind(step, meta.get("newest"))
