@@ -291,6 +291,9 @@ class BucketRecords:
             return True
         except Conflict:
             return False
+        except StorageError:  # it may have arrived: nobody here has it
+            self._ended.add((name, number))
+            raise
 
     def beat(self, name: str, number: int, record: dict[str, Any]) -> None:
         record["beat"] = record.get("beat", 0) + 1  # an ETag is of the text alone

@@ -140,6 +140,29 @@ def test_an_outage_robs_nobody(
         assert not lease.lost.is_set()
 
 
+def test_what_may_have_been_claimed_or_given_back_in_an_outage_is_free_here(
+    folder: Path, emulator: Moto | FakeGCS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This process lives, so its lease would be held for good; it knows that it has none."""
+    monkeypatch.setenv("LLAMAX_STORAGE_SECONDS", "0")
+    lease = claim(folder, "c")
+    assert lease is not None
+    records = leases.records_of(folder)
+    emulator.stop()
+    try:
+        lease.release()
+        with pytest.raises(StorageError):
+            records.create("d", 0, {})
+    finally:
+        emulator.start()
+    record = {**lease.record, "cell": "d"}
+    records._bucket.write(records._key("d", 0), json.dumps(record).encode())  # type: ignore[union-attr]  # it had arrived
+    for name in ("c", "d"):
+        again = claim(folder, name)
+        assert again is not None
+        assert again.number == 1
+
+
 def test_status_ages_a_heartbeat_by_the_clock_of_the_bucket(folder: Path, elsewhere: None) -> None:
     assert claim(folder, "c", lease_seconds=600.0) is not None
     now = shared_now(folder)
