@@ -172,7 +172,7 @@ def test_a_worker_whose_node_is_lost_runs_elsewhere(
 def test_the_time_limit_puts_a_worker_back(store: Path, tmp_path: Path) -> None:
     study = tmp_path / "study"
     plan = plan_of(store, [0], steps=1_000_000)
-    _, (id,) = launch(study, plan, "slurm", settings(hours=1 / 60))
+    _, (id,) = launch(study, plan, "slurm", settings(hours=2 / 60))
     job = f"{id}_0"
     wait_for("the worker trains", lambda: row_of(study)["step"] > 8)
     wait_for("the worker is back in the queue", lambda: state_of(job) == "PENDING", 120)
