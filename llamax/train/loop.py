@@ -27,13 +27,12 @@ from llamax.train.branch import check_trunk, first_state
 from llamax.train.checkpoints import Checkpoints
 from llamax.train.evaluate import evaluate
 from llamax.train.goodput import Spent, carried
-from llamax.train.mirror import stage
 from llamax.train.population import Answer, Ask, Coroutine, Seat, alone, whole
 from llamax.train.precision import Precision, begun_with, with_dtype
 from llamax.train.progress import Progress
 from llamax.train.record import Record
 from llamax.train.rows import plain
-from llamax.train.run_dir import Run, open_run, read_time
+from llamax.train.run_dir import Run, open_run, read_time, stage
 from llamax.train.setup import (
     Common,
     batches_of,
@@ -182,7 +181,7 @@ class _Session:
                     state = (yield Ask(state, batches, 0)).state
                     self.job.meet()
             with signals() as stop:
-                self.run_dir.watch(lambda: bool(stop))
+                self.run_dir.stopping(lambda: self.job.wish(stop.signal) is not None)
                 if left:
                     state, cause = yield from self._train(state, step, batches, checkpoints, stop)
                 final = whole(state)
