@@ -271,6 +271,7 @@ def test_a_damaged_checkpoint_is_passed_over(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("emulator", ["gs"], indirect=True)
 def test_a_branch_finds_its_trunk_in_the_bucket(
     bucket: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -352,6 +353,7 @@ def start(emulator: Moto | FakeGCS, store: Path, tmp_path: Path) -> Iterator[Cal
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("emulator", ["s3"], indirect=True)
 def test_kill_9_and_another_machine_changes_no_number(
     bucket: str, start: Callable[..., subprocess.Popen[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -374,6 +376,7 @@ def test_kill_9_and_another_machine_changes_no_number(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("emulator", ["gs"], indirect=True)
 def test_a_killed_run_goes_on_from_its_own_disk(
     bucket: str, start: Callable[..., subprocess.Popen[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -188,6 +188,7 @@ def test_a_bucket_that_cannot_be_written_is_one_message(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("emulator", ["s3"], indirect=True)
 def test_a_sweep_in_a_bucket_is_the_sweep_on_a_disk(
     bucket: str, emulator: Moto | FakeGCS, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
