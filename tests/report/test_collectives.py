@@ -175,6 +175,20 @@ def test_traffic_of_straight_code_is_what_xla_counts() -> None:
     )
 
 
+def test_the_workspace_of_a_library_is_not_traffic() -> None:
+    """A product [4, 8] x [8, 2] in float32 by cuBLAS, which reserves 32 MiB."""
+    text = """HloModule m
+
+ENTRY %main (x: f32[4,8], w: f32[8,2]) -> f32[4,2] {
+  %x = f32[4,8]{1,0} parameter(0)
+  %w = f32[8,2]{1,0} parameter(1)
+  %c = (f32[4,2]{1,0}, s8[33554432]{0}) custom-call(%x, %w), custom_call_target="__cublas$gemm"
+  ROOT %y = f32[4,2]{1,0} get-tuple-element(%c), index=0
+}
+"""
+    assert memory_traffic(parse_program(text)) == 4 * (32 + 16 + 8)
+
+
 def test_traffic_of_a_loop_is_its_body_as_often_as_it_runs() -> None:
     """XLA counts the body once: the difference is rounds - 1 times what one more round adds."""
     x = np.ones((256, 512), np.float32)
