@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from llamax.model.exchange import TokenAxes
 from llamax.model.linear import DOT
 
 
@@ -17,7 +18,8 @@ class Execution(NamedTuple):
     `compute` is the operand type of matrix products (accumulated in float32), `activation` the type of the residual
     stream, `remat` what the backward pass recomputes, `unroll` straight code in place of the scan over layers,
     `residual` the sharding the residual stream [batch, seq, d_model] is held to, `kernels` the names of those in
-    kernels.py that may stand in for a reference.
+    kernels.py that may stand in for a reference, `tokens` the mesh axes that cut tokens: a
+    mixture then routes every device's own.
     """
 
     compute: Literal["float32", "bfloat16", "float8"] = "float32"
@@ -26,6 +28,7 @@ class Execution(NamedTuple):
     unroll: bool = False
     residual: NamedSharding | None = None
     kernels: tuple[str, ...] = ()
+    tokens: TokenAxes | None = None
 
     @property
     def plain(self) -> Literal["float32", "bfloat16"]:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from llamax.config.run import RunConfig
 from llamax.mesh.rules import Rules, batch_sharding
+from llamax.model.exchange import token_axes
 from llamax.model.execution import Execution
 from llamax.model.kernels import host_of, kernels_for
 from llamax.model.loss import target_weights, training_losses
@@ -55,6 +56,7 @@ def execution_of(config: RunConfig, rules: Rules, mesh: Mesh) -> Execution:
         unroll=short if train.unroll_layers is None else train.unroll_layers,
         residual=batch_sharding(rules, mesh) if mesh.size > 1 else None,
         kernels=kernels_for(host_of(mesh.devices.flat), config.mesh.kernels),
+        tokens=token_axes(rules, mesh),
     )
 
 
