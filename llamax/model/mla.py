@@ -8,13 +8,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from llamax.config.components import Init, LatentAttention, Position, Rope
-from llamax.model.attention import Logits, Sight, attend, attention, visible, whole
+from llamax.model.attention import attend, attention
 from llamax.model.cache import Latents, Slot, Step, extend
 from llamax.model.execution import Execution
 from llamax.model.indexer import Indexer, choose, divergence, selection
 from llamax.model.linear import contract, weight
 from llamax.model.norm import Normalize
 from llamax.model.position import logit_scale, rotate
+from llamax.model.scores import Logits, Sight, visible, whole
 from llamax.model.statistics import Statistics
 
 
