@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from llamax.config.components import GroupedQueryAttention, Init, Position, Rope
 from llamax.model.cache import KeyValues, Slot, Step, extend
+from llamax.model.context import attend_cut
 from llamax.model.execution import Execution
 from llamax.model.flash import COVERS, covering
 from llamax.model.linear import contract, parameter, weight
@@ -107,7 +108,10 @@ def attention(
     logits: Logits,
     execution: Execution,
 ) -> Float[Array, "batch queries heads value_dim"]:
-    """`attend` by a kernel of `execution.kernels` where one covers the call, else by the rules above."""
+    """`attend` over cut sequences where `execution` cuts them, else by a kernel of `execution.kernels` where one covers
+    the call, else by the rules above."""
+    if execution.context is not None and sight.selected is None:  # chosen keys come gathered, see mla.py
+        return attend_cut(q, k, v, sight.segments, logits, execution.plain, execution.context)
     asked = {name: value for part in (logits, sight) for name, value in part._asdict().items() if value is not None}
     scale = asked.pop("scale")
     kernel = covering(execution.kernels, set(asked), execution.plain, q.shape, k.shape, v.shape)
@@ -165,7 +169,7 @@ class SelfAttention(nnx.Module):
         execution: Execution,
     ) -> tuple[Float[Array, "batch seq d_model"], Statistics]:
         """(attention output before it joins the residual stream, no statistics); `table`: the rotary table or None."""
-        q, k, v = self._project(x, table, jnp.arange(x.shape[1]), execution)
+        q, k, v = self._project(x, table, execution.positions(x.shape[1]), execution)
         return self._out(attention(q, k, v, Sight(segments=segments), self.logits, execution), execution), {}
 
     def decode(
