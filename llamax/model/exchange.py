@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 Matrices = dict[str, Float[Array, "own _ _"]]  # of the experts here: up, down, and gate if there is one
@@ -20,21 +20,29 @@ Slots = Float[Array, "peers width d_model"]
 
 
 class TokenAxes(NamedTuple):
-    """The mesh axes that cut tokens, and those of them that cut the experts and the two sides of their matrices."""
+    """How the tokens [batch, seq, ...] that a mixture reads are cut, and which of the mesh axes that do so also cut
+    the experts and the two sides of their matrices."""
 
-    tokens: tuple[str, ...]
+    held: NamedSharding
     experts: tuple[str, ...] = ()
     embed: tuple[str, ...] = ()
     mlp: tuple[str, ...] = ()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All axes that cut tokens."""
+        parts = [part if isinstance(part, tuple) else (part,) for part in self.held.spec if part is not None]
+        return tuple(axis for part in parts for axis in part)
 
-def token_axes(rules: Mapping[str, tuple[str, ...]], mesh: Mesh) -> TokenAxes | None:
+
+def token_axes(rules: Mapping[str, tuple[str, ...]], held: NamedSharding | None) -> TokenAxes | None:
     """The axes by a mesh's rules; None where tokens are whole. Axes that cut no tokens are left to the compiler."""
-
-    def cuts(logical: str) -> tuple[str, ...]:
-        return tuple(axis for axis in rules[logical] if axis in rules["batch"] and mesh.shape[axis] > 1)
-
-    return TokenAxes(rules["batch"], *(cuts(name) for name in TokenAxes._fields[1:])) if cuts("batch") else None
+    if held is None:
+        return None
+    axes = TokenAxes(held)
+    cutting = [axis for axis in axes.names if held.mesh.shape[axis] > 1]
+    others = (tuple(axis for axis in rules[logical] if axis in cutting) for logical in TokenAxes._fields[1:])
+    return TokenAxes(held, *others) if cutting else None
 
 
 def on_own_tokens(
@@ -44,10 +52,9 @@ def on_own_tokens(
     bias: Float[Array, " experts"] | None,
     matrices: Matrices,
     axes: TokenAxes,
-    residual: NamedSharding,
 ) -> Any:
-    """`function(x, logits, bias, matrices)` on every device with the tokens that `residual` gives it and the matrices
-    of its own experts, whole. There and in the result, arrays [tokens, ...] of all tokens in one row."""
+    """`function(x, logits, bias, matrices)` on every device with its own tokens and the matrices of its own experts,
+    whole. There and in the result, arrays are [tokens, ...], all tokens in a row."""
     embed, mlp = axes.embed or None, axes.mlp or None
     sides = {name: (mlp, embed) if name == "down" else (embed, mlp) for name in matrices}
 
@@ -59,10 +66,10 @@ def on_own_tokens(
     places = {name: PartitionSpec(axes.experts or None, *sides[name]) for name in matrices}
     found = jax.shard_map(
         local,
-        mesh=residual.mesh,
-        in_specs=(residual.spec, residual.spec, PartitionSpec(), places),
-        out_specs=residual.spec,
-        axis_names=set(axes.tokens),
+        mesh=axes.held.mesh,
+        in_specs=(axes.held.spec, axes.held.spec, PartitionSpec(), places),
+        out_specs=axes.held.spec,
+        axis_names=set(axes.names),
         check_vma=False,
     )(x, logits, bias, matrices)
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), found)
@@ -96,8 +103,9 @@ def reference(rows: Slots, send: Int[Array, " peers"], receive: Int[Array, " pee
 def _ragged(rows: Slots, send: Int[Array, " peers"], receive: Int[Array, " peers"], axis: tuple[str, ...]) -> Slots:
     peers, width, _ = rows.shape
     flat = rows.reshape(peers * width, -1)
-    here = jnp.full(peers, jax.lax.axis_index(axis) * width, jnp.int32)  # a sender's place at each of its peers
-    starts = jnp.arange(peers, dtype=jnp.int32) * width
+    none = 0 * send  # under vmap the operation wants a batch of every argument (jax 0.10.2)
+    starts = jnp.arange(peers, dtype=jnp.int32) * width + none
+    here = jax.lax.axis_index(axis) * width + none  # a sender's place at each of its peers
     arrived = jax.lax.ragged_all_to_all(flat, jnp.zeros_like(flat), starts, send, here, receive, axis_name=axis)
     return arrived.reshape(rows.shape)
 

@@ -71,11 +71,11 @@ class MixtureOfExperts(nnx.Module):
         matrices = {name: getattr(self, name)[...] for name in names}
         bias = self.router_bias[...].astype(jnp.float32) if self.config.router.bias else None
         routed = functools.partial(_routed, self.config, execution.plain, execution.tokens)
-        if execution.tokens is None or execution.residual is None:
+        if execution.tokens is None:
             tokens, logits = (a.reshape(-1, a.shape[-1]) for a in (x, logits))
             out, choice = routed(tokens, logits, bias, matrices)
         else:
-            out, choice = on_own_tokens(routed, x, logits, bias, matrices, execution.tokens, execution.residual)
+            out, choice = on_own_tokens(routed, x, logits, bias, matrices, execution.tokens)
         return out.reshape(x.shape), choice
 
 
@@ -113,7 +113,7 @@ def _there(
     """
     local = matrices["up"].shape[0]
     layout = layout_of(chosen // local, config.experts // local)
-    layout = layout._replace(fullest=jax.lax.pmax(layout.fullest, axes.tokens), label=chosen.reshape(-1) % local)
+    layout = layout._replace(fullest=jax.lax.pmax(layout.fullest, axes.names), label=chosen.reshape(-1) % local)
     one = functools.partial(_one_exchange, config, compute, axes.experts)
     return in_rounds(one, (tokens, weights, matrices), layout).astype(tokens.dtype)
 
@@ -129,6 +129,7 @@ def _one_exchange(config: MoeMlp, compute: str, axis: tuple[str, ...], operands:
     tokens, weights, matrices = operands
     local = matrices["up"].shape[0]
     parts = config.experts // local, -1
+    assert moves.label is not None
     experts = jnp.where(moves.filled, moves.label, local).reshape(parts)  # `local`: an empty slot
     theirs = jax.lax.all_to_all(experts, axis, 0, 0)
     send, receive = ((e < local).sum(1, dtype=jnp.int32) for e in (experts, theirs))

@@ -31,10 +31,9 @@ from llamax.train.evaluate import evaluate
 from llamax.train.population import Answer, Ask, Coroutine, Seat, alone, whole
 from llamax.train.precision import Precision, begun_with, with_dtype
 from llamax.train.progress import Progress
-from llamax.train.remat import rematerialization
 from llamax.train.rows import plain
 from llamax.train.run_dir import Run, open_run
-from llamax.train.setup import Common, batches_of, dispatch_shapes, load_dispatch, share
+from llamax.train.setup import Common, batches_of, dispatch_shapes, load_dispatch, notes, share
 from llamax.train.signals import StopRequest, stop_signals
 from llamax.train.state import TrainState
 from llamax.train.step import Batch, Dispatch, execution_of, make_dispatch
@@ -215,11 +214,9 @@ class _Session:
 
     # ------------------------------------------------------------ pieces
     def _say_choices(self) -> None:
-        """What the config left to the machine."""
-        if self.asked == "auto":
-            print(f"note: products in {self.chosen.dtype}: {self.chosen.why}", file=sys.stderr)
-        if self.config.train.remat == "auto":
-            print(f"note: {rematerialization(self.config, self.mesh)[1]}", file=sys.stderr)
+        """What the config left to the machine, and what the mesh costs."""
+        for note in notes(self.asked, self.chosen, self.config, self.mesh):
+            print(f"note: {note}", file=sys.stderr)
 
     def _count(self, step: int) -> int:
         """How many steps the next dispatch takes: up to the next boundary, and to about SECONDS_PER_DISPATCH.

@@ -28,7 +28,7 @@ def for_devices(config: RunConfig, devices: list[Any], mesh: dict[str, int]) -> 
     memory = (devices[0].memory_stats() or {}).get("bytes_limit")
     if memory is None:
         return "none", f"remat=none: {devices[0].device_kind} does not say how much memory it has"
-    kernels = kernels_for(host_of(devices), config.mesh.kernels)
+    kernels = kernels_for(host_of(devices, mesh), config.mesh.kernels)
     return fitting(config, memory, bool(kernels) and config.train.compute_dtype != "float32", mesh)
 
 

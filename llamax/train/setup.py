@@ -16,6 +16,9 @@ from llamax.data.open import open_data
 from llamax.data.store import Store
 from llamax.errors import UserError
 from llamax.mesh.rules import Rules, batch_sharding, batch_ways, load_rules, make_mesh
+from llamax.train.axes import check_axes, pipeline_note
+from llamax.train.precision import Precision
+from llamax.train.remat import rematerialization
 from llamax.train.state import TrainState, abstract_state, initializer
 
 
@@ -42,6 +45,7 @@ def share_places(config: RunConfig, devices: list[jax.Device] | None = None) -> 
     """The part of `share` that needs no data: mesh rules, mesh, and the state as shapes with shardings."""
     rules = load_rules(config.mesh.rules)
     mesh = make_mesh(config.mesh, devices)
+    check_axes(config, mesh)
     _check_batch(config, batch_ways(rules, mesh))
     return rules, mesh, abstract_state(config, rules, mesh)
 
@@ -81,6 +85,14 @@ def dispatch_shapes(config: RunConfig, common: Common) -> tuple[TrainState, dict
     names = ["tokens", "segments"] if config.data.mask_documents else ["tokens"]
     batches = {name: jax.ShapeDtypeStruct(shape, np.int32, sharding=place) for name in names}
     return common.abstract, batches, jax.ShapeDtypeStruct((), np.int32)
+
+
+def notes(asked: str, chosen: Precision, config: RunConfig, mesh: Mesh) -> list[str]:
+    """What a run says before it compiles: what its config left to the machine (`asked` is its own compute_dtype), and
+    what stages cost."""
+    found = [f"products in {chosen.dtype}: {chosen.why}"] if asked == "auto" else []
+    found += [rematerialization(config, mesh)[1]] if config.train.remat == "auto" else []
+    return found + ([pipeline_note(config, mesh)] if mesh.shape["stage"] > 1 else [])
 
 
 def _check_vocabulary(config: RunConfig, store: Store) -> None:

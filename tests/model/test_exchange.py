@@ -59,8 +59,8 @@ def on_one_device(kind: str) -> Any:
 
 def placed(sizes: dict[str, int]) -> tuple[Any, Any, Execution]:
     rules, mesh = load_rules("default"), make_mesh(MeshConfig(**{"data": 1, **sizes}))
-    execution = Execution(residual=batch_sharding(rules, mesh), tokens=exchange.token_axes(rules, mesh))
-    return rules, mesh, execution
+    residual = batch_sharding(rules, mesh)
+    return rules, mesh, Execution(residual=residual, tokens=exchange.token_axes(rules, residual))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_value_and_gradient_equal_one_device(sizes: dict[str, int], kind: str) -
 
 def test_no_device_meets_tokens_of_others_without_an_expert_axis() -> None:
     """With data parallelism alone the forward pass of a mixture moves no token and no choice between devices."""
-    rules, mesh, execution = placed({"data": 8})
+    _, _, execution = placed({"data": 8})
     layer, x = layer_of("softmax"), jax.device_put(inputs(), execution.residual)
     text = jax.jit(lambda layer, x: layer(x, execution)[0]).lower(layer, x).compile().as_text()
     assert "shard_map" in text
