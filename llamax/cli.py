@@ -10,7 +10,18 @@ from typing import Annotated
 
 import typer
 
-from llamax import ablating, converting, curving, fitting, generating, predicting, profiling, studying, sweeping
+from llamax import (
+    ablating,
+    converting,
+    curving,
+    fitting,
+    generating,
+    planning,
+    predicting,
+    profiling,
+    studying,
+    sweeping,
+)
 from llamax.console import Json, Overrides, StudyPath
 from llamax.console import emit as _emit
 from llamax.console import print_json as _print_json
@@ -34,6 +45,7 @@ app.add_typer(model_app, name="model")
 app.add_typer(config_app, name="config")
 app.command("fit")(fitting.fit)
 app.command("generate")(generating.generate)
+app.command("plan")(planning.plan)
 app.command("profile")(profiling.profile)
 app.command("curves")(curving.curves)
 app.command("predict")(predicting.predict)
