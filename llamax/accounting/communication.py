@@ -77,6 +77,12 @@ def sent_by_axis(traffic: list[Traffic]) -> dict[str, float]:
     return dict(totals)
 
 
+def held_bytes(config: RunConfig, mesh: Mapping[str, int]) -> float:
+    """Bytes of float32 weights that one device of the mesh holds."""
+    sizes = {axis: mesh.get(axis, 1) for axis in AXES}
+    return sum(_held(leaf, sizes) for leaf in leaves(config.model)) / (sizes["fsdp"] * sizes["context"])
+
+
 # ---------------------------------------------------------------- sizes
 def _tokens(config: RunConfig, sizes: Mapping[str, int]) -> float:
     """Tokens of a batch that one device has."""

@@ -17,6 +17,7 @@ from llamax.data.store import Store
 from llamax.errors import UserError
 from llamax.mesh.rules import Rules, batch_sharding, batch_ways, load_rules, make_mesh
 from llamax.train.axes import check_axes, pipeline_note
+from llamax.train.layout import layout_notes, ranked_layouts, with_layout
 from llamax.train.precision import Precision
 from llamax.train.remat import rematerialization
 from llamax.train.state import TrainState, abstract_state, initializer
@@ -43,6 +44,19 @@ def share(config: RunConfig, devices: list[jax.Device] | None = None) -> Common:
 
 def share_places(config: RunConfig, devices: list[jax.Device] | None = None) -> tuple[Rules, Mesh, TrainState]:
     """The part of `share` that needs no data: mesh rules, mesh, and the state as shapes with shardings."""
+    if config.mesh.layout == "sizes":
+        return _places(config, devices)
+    ranked = ranked_layouts(config, jax.devices() if devices is None else devices)
+    refused = "nothing divides batch, heads, widths and layers"
+    for layout in ranked:
+        try:
+            return _places(with_layout(config, layout), devices)
+        except UserError as error:  # an array that its axes do not divide
+            refused = str(error)
+    raise UserError(f"mesh=auto finds no layout for {len(devices or jax.devices())} devices: {refused}")
+
+
+def _places(config: RunConfig, devices: list[jax.Device] | None) -> tuple[Rules, Mesh, TrainState]:
     rules = load_rules(config.mesh.rules)
     mesh = make_mesh(config.mesh, devices)
     check_axes(config, mesh)
@@ -91,6 +105,7 @@ def notes(asked: str, chosen: Precision, config: RunConfig, mesh: Mesh) -> list[
     """What a run says before it compiles: what its config left to the machine (`asked` is its own compute_dtype), and
     what stages cost."""
     found = [f"products in {chosen.dtype}: {chosen.why}"] if asked == "auto" else []
+    found += layout_notes(config, mesh) if config.mesh.layout == "auto" else []
     found += [rematerialization(config, mesh)[1]] if config.train.remat == "auto" else []
     return found + ([pipeline_note(config, mesh)] if mesh.shape["stage"] > 1 else [])
 

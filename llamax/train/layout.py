@@ -1,0 +1,41 @@
+"""What `mesh: auto` becomes on the devices there are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jax.sharding import Mesh
+
+from llamax.accounting.layout import Layout, layouts, rates_of, why
+from llamax.config.mesh import MeshConfig
+from llamax.config.run import RunConfig
+from llamax.model.kernels import host_of, kernels_for
+from llamax.train.precision import precision
+
+
+def ranked_layouts(config: RunConfig, devices: list[Any]) -> list[Layout]:
+    """All layouts of a run over `devices`, the best first."""
+    dtype = precision(config.train.compute_dtype, devices).dtype
+    flash = bool(kernels_for(host_of(devices), config.mesh.kernels)) and dtype != "float32"
+    return layouts(config, len(devices), rates_of(devices[0].device_kind, dtype), _memory(devices), flash)
+
+
+def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
+    """The run with the sizes of `layout`."""
+    mesh = MeshConfig.model_validate({**config.mesh.as_dict(), **layout.sizes, "layout": "sizes"})
+    return config.model_copy(update={"mesh": mesh})
+
+
+def layout_notes(config: RunConfig, mesh: Mesh) -> list[str]:
+    """Why a run that left its layout open has this mesh: the three best, with their estimates."""
+    devices = list(mesh.devices.flat)
+    ranked = ranked_layouts(config, devices)
+    taken = next(one.name for one in ranked if one.sizes == dict(mesh.shape))
+    return [
+        f"mesh=auto takes {taken} of {len(ranked)} layouts, by estimate (llamax/accounting/layout.py):",
+        *why(ranked, _memory(devices)),
+    ]
+
+
+def _memory(devices: list[Any]) -> int | None:
+    return (devices[0].memory_stats() or {}).get("bytes_limit")
