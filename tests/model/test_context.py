@@ -62,16 +62,14 @@ def test_value_and_gradients_equal_attend(case: str, documents: bool, monkeypatc
     place = NamedSharding(where.mesh, PartitionSpec(None, "context", "tensor"))
     held = [jax.device_put(a[:, order], place) for a in plain]
     held_ids = None if ids is None else jnp.asarray(ids[:, order])
-    found = jax.jit(
-        lambda *a: both(lambda q, k, v: attend_cut(q, k, v, held_ids, logits, "float32", where), *a)
-    )(*held)
+    found = jax.jit(lambda *a: both(lambda q, k, v: attend_cut(q, k, v, held_ids, logits, "float32", where), *a))(*held)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, np.asarray(theirs)[:, order], rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize(("case", "seq"), [("causal", 4096), *((case, 64) for case in CASES)])
 def test_the_pairs_are_those_that_see_something(case: str, seq: int) -> None:
-    """Against the mask itself; what fills a list up is not counted. Causal work is equal on all devices, half of all."""
+    """Against the mask itself; what fills a list up is not counted. Causal work is equal on all devices."""
     where = Context(jax.make_mesh((1,), ("context",)), 4)
     logits, size = CASES[case], block_size(seq // 8)
     table = pairs_of(seq, where, logits)
