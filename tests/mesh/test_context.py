@@ -17,9 +17,9 @@ from .training import SEQ, assert_trains_as_alone, run_config
 FAST = [
     ({"context": 4}, "documents", {"loss_chunk": 64}),
     ({"context": 2, "data": 2, "tensor": 2}, "window", {}),
-    ({"context": 2}, "sparse", {}),
 ]
 MORE = [
+    ({"context": 2}, "sparse", {}),
     ({"context": 2, "fsdp": 2, "data": 2}, "documents", {"remat": "full", "grad_accumulation": 2}),
     ({"context": 8}, "chunk", {}),
     ({"context": 2}, "latent", {}),

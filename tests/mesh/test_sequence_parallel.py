@@ -11,8 +11,13 @@ from .test_context import name
 from .training import SEQ, assert_trains_as_alone
 
 MESH = {"tensor": 2, "sequence_parallel": True}
-FAST = [(MESH, "dense", {}), ({**MESH, "context": 2, "data": 2}, "window", {"remat": "dots"})]
-MORE = [(MESH, "latent", {}), (MESH, "experts", {}), ({**MESH, "fsdp": 2}, "learned", {})]
+FAST = [(MESH, "dense", {})]
+MORE = [
+    ({**MESH, "context": 2, "data": 2}, "window", {"remat": "dots"}),
+    (MESH, "latent", {}),
+    (MESH, "experts", {}),
+    ({**MESH, "fsdp": 2}, "learned", {}),
+]
 
 
 @pytest.mark.parametrize(

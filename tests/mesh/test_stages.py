@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llamax.config.run import RunConfig
+from llamax.config.load import run_from_data
 from llamax.errors import UserError
 from llamax.mesh.rules import make_mesh
 from llamax.model.pipeline import _split, interleaved
@@ -17,11 +18,9 @@ from llamax.train.axes import check_axes, pipeline_note
 from .test_context import name
 from .training import KINDS, assert_trains_as_alone, run_config
 
-FAST = [
-    ({"stage": 2, "data": 2}, "documents", {"grad_accumulation": 4}),
-    ({"stage": 2}, "experts", {"grad_accumulation": 2}),
-]
+FAST = [({"stage": 2, "data": 2}, "documents", {"grad_accumulation": 4})]
 MORE = [
+    ({"stage": 2}, "experts", {"grad_accumulation": 2}),
     ({"stage": 2}, "dense", {"grad_accumulation": 1, "unroll_layers": True}),
     ({"stage": 2, "context": 2}, "sparse", {"grad_accumulation": 2, "loss_chunk": 64}),
     ({"stage": 2}, "latent", {"grad_accumulation": 2}),
@@ -39,7 +38,7 @@ def test_training_equals_one_device(mesh: dict[str, Any], kind: str, train: dict
 
 
 def test_rows_are_dealt_out_to_microbatches() -> None:
-    rows = np.arange(12)
+    rows = jnp.arange(12)
     np.testing.assert_array_equal(_split(interleaved(rows, 3), 3), rows.reshape(3, 4))
 
 
@@ -61,6 +60,6 @@ def test_what_stages_cannot_do(change: dict[str, dict[str, Any]], message: str) 
     data = run_config({"stage": 2}, grad_accumulation=2).as_dict()
     for section, fields in change.items():
         data[section] |= fields
-    config = RunConfig.model_validate(data)
+    config = run_from_data(data)
     with pytest.raises(UserError, match=message):
         check_axes(config, make_mesh(config.mesh, jax.devices()))
