@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -102,7 +102,7 @@ class Job:
     @functools.cached_property
     def path(self) -> Path:
         """Named by all that determines the content, so a finished shard of an interrupted build is known."""
-        told = json.dumps([[astuple(piece) for piece in self.shard.pieces], self.fraction, self.spec])
+        told = json.dumps([[piece.told for piece in self.shard.pieces], self.fraction, self.spec])
         name = hashlib.sha256(told.encode() + self.digests.tobytes() + self.fate.tobytes()).hexdigest()[:24]
         return Path(self.folder) / f"shard-{name}.npz"
 

@@ -10,7 +10,7 @@ import shutil
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ def store_key(corpus: config.Corpus, tokenizer: config.Tokenizer, listings: Sequ
     told += [platform.python_implementation(), platform.python_version()]
     if getattr(tokenizer, "path", None):
         told += [hashlib.sha256(data).hexdigest() for data in load_tokenizer(tokenizer).files().values()]
-    told += [[astuple(piece) for piece in listing.pieces] for listing in listings]
+    told += [[piece.told for piece in listing.pieces] for listing in listings]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, NamedTuple
 
 import jax
@@ -35,6 +36,19 @@ class Stages(NamedTuple):
     stages: int
     microbatches: int
     held: NamedSharding
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _moved(x: Array, there: NamedSharding, back: NamedSharding) -> Array:
+    """x placed `there`, its cotangent `back`: a gather forward is a scatter of sums backward, and the other way round.
+    Autodiff alone would place a cotangent where x went."""
+    return jax.lax.with_sharding_constraint(x, there)
+
+
+_moved.defvjp(
+    lambda x, there, back: (_moved(x, there, back), None),
+    lambda there, back, _, g: (jax.lax.with_sharding_constraint(g, back),),
+)
 
 
 class Execution(NamedTuple):
@@ -86,12 +100,12 @@ class Execution(NamedTuple):
 
     def enter(self, x: Array) -> Array:
         """What a part of a block reads: under sequence parallelism the whole sequence, gathered over `tensor`."""
-        return x if self.inside is None else jax.lax.with_sharding_constraint(x, self.inside)
+        return x if self.inside is None else _moved(x, self.inside, self.residual)
 
     def leave(self, x: Array) -> Array:
         """What a part of a block gives: under sequence parallelism summed over `tensor` and cut again (Megatron-LM's
         reduce-scatter, arXiv:2205.05198)."""
-        return x if self.inside is None else self.place(x)
+        return x if self.inside is None else _moved(x, self.residual, self.inside)
 
     def to_head(self, x: Array) -> Array:
         """The final stream as the head reads it."""

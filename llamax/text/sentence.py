@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from llamax.text.tokenizers import Ids, as_list, ids_of, pieces
 
 # Protocol buffers merge a message given twice, so this suffix sets normalizer_spec (field 3) add_dummy_prefix (3) to 0.
 NO_PREFIX = b"\x1a\x02\x18\x00"
+CHUNK = 4000  # characters encoded at once where a text may be cut: a longer agenda of merges leaves the cache
+GAP = re.compile("(?<! ) ")  # where words end
 
 
 class SentencePieceTokenizer:
@@ -63,6 +66,20 @@ class SentencePieceTokenizer:
         bytes_of_space = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in self.SPACE.encode()]
         exact = all(self._pieces.is_byte(i) for i in bytes_of_space)
         self._literal = np.array(bytes_of_space, np.int32) if exact else None
+        self._cuts = self._ends_at_words()
+
+    def _ends_at_words(self) -> bool:
+        """Whether tokens never depend on what lies beyond the end of a word, so that texts may be cut there: merges by
+        rank (a unigram model compares rounded sums over the whole text), spaces kept as they are, and no piece with a
+        space after something else."""
+        words = [i for i in range(self._count) if not (self._pieces.is_byte(i) or self._pieces.is_control(i))]
+        probe = "  a   b "
+        return (
+            self._pieces.piece_to_id(self.SPACE) != self._pieces.unk_id()
+            and self._after.decode(self._after.encode(probe)) == probe
+            and all(self._pieces.get_score(i).is_integer() for i in words)
+            and not any(self.SPACE in self._pieces.id_to_piece(i).lstrip(self.SPACE) for i in words)
+        )
 
     def encode(
         self, text: str, *, bos: bool = False, specials: bool = False, start: bool = True
@@ -84,12 +101,22 @@ class SentencePieceTokenizer:
     def _encode(self, text: str, start: bool) -> Int32[np.ndarray, tokens]:
         first = self._pieces if start else self._after
         if self._literal is None or self.SPACE not in text:
-            return first.encode_as_numpy(text)
+            return self._encode_chunks(first, text)
         head, *rest = text.split(self.SPACE)
-        parts = [first.encode_as_numpy(head)]
+        parts = [self._encode_chunks(first, head)]
         for part in rest:
-            parts += [self._literal, self._after.encode_as_numpy(part)]
+            parts += [self._literal, self._encode_chunks(self._after, part)]
         return np.concatenate(parts)
+
+    def _encode_chunks(self, first: Any, text: str) -> Int32[np.ndarray, tokens]:
+        """`text` encoded by `first`, in chunks where that gives the same tokens."""
+        if not self._cuts or len(text) <= CHUNK:
+            return first.encode_as_numpy(text)
+        start, parts = 0, []
+        while len(text) - start > CHUNK and (gap := GAP.search(text, start + CHUNK)):
+            parts.append((first if start == 0 else self._after).encode_as_numpy(text[start : gap.start()]))
+            start = gap.start()
+        return np.concatenate([*parts, (first if start == 0 else self._after).encode_as_numpy(text[start:])])
 
     def decode(self, ids: Ids, *, specials: bool = False) -> str:
         out: list[str] = []

@@ -33,10 +33,11 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 class Trained(NamedTuple):
-    """Metrics [STEPS] and what every parameter moved by in all."""
+    """Metrics [STEPS], what every parameter moved by in all, and the rounding of a parameter itself."""
 
     metrics: dict[str, np.ndarray]
     moved: list[np.ndarray]
+    rounding: list[float]
 
 
 def run_config(mesh: dict[str, Any], kind: str = "dense", **train: Any) -> RunConfig:
@@ -99,7 +100,8 @@ def trained(config: RunConfig, devices: list[jax.Device]) -> tuple[Trained, str]
     after, metrics, ran = program(state, given, jnp.int32(STEPS))
     assert int(ran) == STEPS
     moved = [np.asarray(a) - b for a, b in zip(jax.tree.leaves(after.model), before, strict=True)]
-    return Trained(jax.tree.map(np.asarray, metrics), moved), program.as_text()
+    rounding = [STEPS * np.spacing(np.abs(b).max()) for b in before]
+    return Trained(jax.tree.map(np.asarray, metrics), moved, rounding), program.as_text()
 
 
 @functools.cache
@@ -109,12 +111,12 @@ def alone(kind: str, **train: Any) -> Trained:
 
 
 def assert_same(found: Trained, expected: Trained) -> None:
-    """Every metric, and every array's movement to 1e-5 of its largest entry."""
+    """Every metric to 1e-5, and every array's movement to 1e-5 of its largest entry and the weights' own rounding."""
     assert found.metrics.keys() == expected.metrics.keys()
     for name, values in expected.metrics.items():
         np.testing.assert_allclose(found.metrics[name], values, rtol=1e-5, atol=1e-6, err_msg=name)
-    for ours, theirs in zip(found.moved, expected.moved, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * max(np.abs(theirs).max(), 1e-2))
+    for ours, theirs, rounding in zip(found.moved, expected.moved, expected.rounding, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max() + rounding)
 
 
 def assert_trains_as_alone(mesh: dict[str, Any], kind: str, **train: Any) -> str:

@@ -67,9 +67,28 @@ def test_value_and_gradients_equal_attend(case: str, documents: bool, monkeypatc
         np.testing.assert_allclose(ours, np.asarray(theirs)[:, order], rtol=1e-5, atol=2e-6)
 
 
+def test_bfloat16_products_stay_near_float32() -> None:
+    given, where = operands(), cut(2)
+    q, k, v = (jnp.asarray(given[name][:, where.order(SEQ)], jnp.bfloat16) for name in "qkv")
+    logits = CASES["causal"]
+
+    def total(q: Any, k: Any, v: Any, dtype: str) -> Any:
+        return jnp.sum(attend_cut(q, k, v, None, logits, dtype, where).astype(jnp.float32) ** 2)
+
+    both = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)), static_argnums=3)
+    (value, found), (wide, expected) = (
+        both(q, k, v, "bfloat16"),
+        both(*(a.astype(jnp.float32) for a in (q, k, v)), "float32"),
+    )
+    np.testing.assert_allclose(value, wide, rtol=0.01)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(ours.astype(np.float32), theirs, rtol=0.05, atol=0.05 * np.abs(theirs).max())
+
+
 @pytest.mark.parametrize(("case", "seq"), [("causal", 4096), *((case, 64) for case in CASES)])
 def test_the_pairs_are_those_that_see_something(case: str, seq: int) -> None:
-    """Against the mask itself; what fills a list up is not counted. Causal work is equal on all devices, half of all."""
+    """Against the mask itself; what fills a list up is not counted. Causal work is equal on all devices."""
     where = Context(jax.make_mesh((1,), ("context",)), 4)
     logits, size = CASES[case], block_size(seq // 8)
     table = pairs_of(seq, where, logits)

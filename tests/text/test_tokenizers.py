@@ -1,7 +1,9 @@
 """Tokenizers give back the text they were given."""
 
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from llamax.config.run import HuggingFace, SentencePiece
 from llamax.errors import UserError
+from llamax.text import sentence
 from llamax.text.open import load_tokenizer
 from llamax.text.sentence import SentencePieceTokenizer, train_sentencepiece
 from llamax.text.tokenizers import ByteTokenizer
@@ -52,6 +55,45 @@ def test_sentencepiece_round_trip(trained: SentencePieceTokenizer, content: str)
     assert trained.eos_id not in ids
     assert trained.decode(np.append(ids, trained.eos_id)) == content
     assert not len(ids) or ids.max() < trained.vocab_size == 320
+
+
+def _library(text: str, **how: Any) -> bytes:
+    """A model as others train them: SentencePiece's own defaults but for `how`."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    options = {"vocab_size": 500, "model_type": "bpe", "byte_fallback": True, "minloglevel": 4} | how
+    lines = iter(text.splitlines())
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **options)
+    return model.getvalue()
+
+
+LLAMA = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True}
+MODELS = {
+    "own": lambda text: train_sentencepiece([text], 500, "bpe"),
+    "llama": lambda text: _library(text, **LLAMA),
+    "defaults": lambda text: _library(text),
+    "suffix": lambda text: _library(text, **LLAMA, treat_whitespace_as_suffix=True),
+    "across words": lambda text: _library(text, **LLAMA, split_by_whitespace=False),
+    "unigram": lambda text: train_sentencepiece([text], 500, "unigram"),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_sentencepiece_in_chunks_is_the_library_on_the_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sentencepiece
+
+    sample = Path(__file__).read_text()
+    model = MODELS[kind](sample)
+    monkeypatch.setattr(sentence, "CHUNK", 7)
+    ours, library = SentencePieceTokenizer(model), sentencepiece.SentencePieceProcessor(model_proto=model)
+    assert ours._cuts == (kind in ("own", "llama"))
+    rng = np.random.default_rng(0)
+    pieces = [*sample.split(" ")[:200], "  ", "    ", "\n\t", "é", "\u0301 ", "日本", "x" * 30]
+    for _ in range(50):
+        text = " ".join(rng.choice(pieces, 40))
+        assert ours.encode(text).tolist() == library.encode(text)
+    assert ours.encode(sample).tolist() == library.encode(sample)
 
 
 def test_sentencepiece_training_is_deterministic_and_compresses() -> None:
