@@ -90,10 +90,10 @@ class Layout:
 
 def layouts(config: RunConfig, devices: int, rates: Rates, memory: float | None, flash: bool = False) -> list[Layout]:
     """All layouts of `config` over `devices`, the best first: those that fit in `memory` bytes a device (None: all do)
-    by seconds, then the others by memory."""
+    by seconds, then the others by memory, to a tenth of the room."""
     found = [estimate(config, sizes, rates, flash) for sizes in candidates(config, devices)]
     room = math.inf if memory is None else SHARE * memory
-    return sorted(found, key=lambda one: (one.memory > room, one.memory if one.memory > room else one.seconds))
+    return sorted(found, key=lambda one: (max(1.0, round(one.memory / room, 1)), one.memory > room, one.seconds))
 
 
 def candidates(config: RunConfig, devices: int) -> Iterator[dict[str, int]]:
@@ -175,7 +175,8 @@ def _seconds(one: Traffic, sizes: Mapping[str, int], rates: Rates) -> float:
 
 def _memory(config: RunConfig, sizes: Mapping[str, int], held: float, flash: bool) -> float:
     """Bytes of a device: its share of weights, gradients and moments, and of activations and logits."""
-    found = memory_bytes(config, flash)
+    cut = sizes["context"] > 1  # over cut sequences no scores are kept
+    found = memory_bytes(config, flash or cut, sizes["stage"])
     state = found["parameters"] + found["gradients"] + found["optimizer"]
     share = held / training_state_bytes(config.model, config.optimizer.kind)["parameters"]
     return state * share + (found["activations"] + found["logits"]) / math.prod(sizes.values())

@@ -6,7 +6,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from llamax.accounting.layout import Layout, layouts, rates_of, why
+from llamax.accounting.layout import SHARE, Layout, layouts, rates_of, why
 from llamax.config.mesh import MeshConfig
 from llamax.config.run import RunConfig
 from llamax.model.kernels import host_of, kernels_for
@@ -30,11 +30,12 @@ def layout_notes(config: RunConfig, mesh: Mesh) -> list[str]:
     """Why a run that left its layout open has this mesh: the three best, with their estimates."""
     devices = list(mesh.devices.flat)
     ranked = ranked_layouts(config, devices)
-    taken = next(one.name for one in ranked if one.sizes == dict(mesh.shape))
-    return [
-        f"mesh=auto takes {taken} of {len(ranked)} layouts, by estimate (llamax/accounting/layout.py):",
-        *why(ranked, _memory(devices)),
-    ]
+    taken = next(one for one in ranked if one.sizes == dict(mesh.shape))
+    memory = _memory(devices)
+    fits = memory is None or taken.memory <= SHARE * memory
+    room = "" if fits else f"; none is estimated to leave {1 - SHARE:.0%} of the memory free, and it may not fit"
+    first = f"mesh=auto takes {taken.name} of {len(ranked)} layouts, by estimate (llamax/accounting/layout.py){room}:"
+    return [first, *why(ranked, memory)]
 
 
 def _memory(devices: list[Any]) -> int | None:
