@@ -78,6 +78,19 @@ def test_what_the_partitioner_puts_in(mesh: Mesh) -> None:
     assert totals(collectives(program, SIZES)) == {("all-reduce", ("tensor",)): (1, 32 * 16 * 4 * 2 * 3 / 4)}
 
 
+def test_permutations_in_both_directions_at_once(mesh: Mesh) -> None:
+    """On a ring of four; in a group of two forth and back are the same pairs."""
+    ring = [(i, (i + 1) % 4) for i in range(4)]
+
+    def device(x: jax.Array) -> jax.Array:
+        there = jax.lax.ppermute(x, "tensor", ring)
+        return there + jax.lax.ppermute(2 * x, "tensor", [(b, a) for a, b in ring])
+
+    mapped = jax.shard_map(device, mesh=mesh, in_specs=P("tensor"), out_specs=P("tensor"), check_vma=False)
+    found = collectives(compiled(mapped, mesh, (P("tensor"),), (64,)), SIZES)
+    assert [(one.kind, one.bytes, one.both_ways) for one in found] == [("collective-permute", 64, True)] * 2
+
+
 @pytest.mark.parametrize(
     ("text", "groups", "axes"),
     [
