@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from llamax.console import Json, print_json, show
+from llamax.console import AtHand, Json, print_json, show
 from llamax.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class FitOptions:
 
 
 def fit(
-    data: Annotated[Path, typer.Argument(help="A study directory, or a CSV or Parquet table of runs.")],
+    data: Annotated[Path, AtHand(help="A study directory, or a CSV or Parquet table of runs.")],
     n: Annotated[str | None, typer.Option(help="Column of parameters; default n.")] = None,
     d: Annotated[str | None, typer.Option(help="Column of training tokens; default tokens, else FLOPs / 6 n.")] = None,
     loss: Annotated[str | None, typer.Option(help="Column of loss, nats per token; default eval_loss, loss.")] = None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llamax.console import Json, print_json, show
+from llamax.console import AtHand, Json, print_json, show
 from llamax.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ ENDED = ("done", "diverged")
 
 
 def predict(
-    data: Annotated[Path, typer.Argument(metavar="DIR", help="A study directory, or a table of runs.")],
+    data: Annotated[Path, AtHand(metavar="DIR", help="A study directory, or a table of runs.")],
     flops: Annotated[float | None, typer.Option(help="Training FLOPs of the run to predict, 6 N D.")] = None,
     n: Annotated[
         float | None, typer.Option("--params", help="Its parameters; default what the fit recommends there.")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llamax.errors import UserError
 from llamax.report.branching import BRANCHING, TRAINED, branching, saving
 from llamax.report.read import cells_by_directory, find_runs, flatten, number, read_lines, read_object
+from llamax.storage.copies import at_hand
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -287,7 +288,7 @@ def _relative(root: Path, path: Path) -> str:
 
 
 def _folder(path: str | Path) -> Path:
-    root = Path(path).expanduser()
+    root = at_hand(path).expanduser()
     if not root.is_dir():
         raise UserError(f"{path}: no such folder; give a run directory, a study or a folder of studies")
     return root

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from llamax.accounting.layout import SHARE, Layout, layouts, rates_of, why
@@ -39,4 +40,5 @@ def layout_notes(config: RunConfig, mesh: Mesh) -> list[str]:
 
 
 def _memory(devices: list[Any]) -> int | None:
-    return (devices[0].memory_stats() or {}).get("bytes_limit")
+    own = [device for device in devices if device.process_index == jax.process_index()]  # others do not say
+    return (own[0].memory_stats() or {}).get("bytes_limit") if own else None
