@@ -1,6 +1,6 @@
 """How good is mesh=auto? Every layout of small models on eight simulated devices, timed, against the one it picks.
 
-    python tools/bench_mesh.py                   all models; about ten minutes on two free cores
+    python tools/bench_mesh.py                   all models; some minutes on two free cores
     python tools/bench_mesh.py dense --repeats 3
 
 Prints processor seconds a step (the devices share the machine's cores, so that this is what wall-clock time would be on
@@ -33,7 +33,7 @@ from llamax.train.step import make_dispatch
 
 DEVICES, STEPS = 8, 4
 BASE: dict[str, Any] = {
-    "vocab_size": 512, "d_model": 128, "segments": [{"repeat": 2}], "position": {"kind": "rope"},
+    "vocab_size": 512, "d_model": 128, "segments": [{"repeat": 1}], "position": {"kind": "rope"},
     "attention": {"heads": 8, "kv_heads": 8}, "mlp": {"kind": "swiglu", "d_ff": 256}, "head": {"tied": False},
 }  # fmt: skip
 MODELS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {

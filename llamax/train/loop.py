@@ -34,15 +34,7 @@ from llamax.train.progress import Progress
 from llamax.train.record import Record
 from llamax.train.rows import plain
 from llamax.train.run_dir import Run, open_run, read_time
-from llamax.train.setup import (
-    Common,
-    batches_of,
-    dispatch_shapes,
-    held_out,
-    load_dispatch,
-    notes,
-    share,
-)
+from llamax.train.setup import Common, batches_of, dispatch_shapes, held_out, load_dispatch, notes, share
 from llamax.train.signals import StopRequest, stop_signals
 from llamax.train.state import TrainState
 from llamax.train.step import Batch, Dispatch, execution_of, make_dispatch
