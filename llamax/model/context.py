@@ -100,11 +100,14 @@ class _Blocks(NamedTuple):
     size: int
 
 
-def _blocks(q: Array, k: Array, v: Array, segments: Array | None, logits: Logits, context: Context) -> _Blocks:
-    """Gathers keys and values. Scaled queries are [blocks, batch, size, kv_heads, group, head_dim]."""
+def _blocks(
+    q: Array, k: Array, v: Array, segments: Array | None, logits: Logits, compute: str, context: Context
+) -> _Blocks:
+    """Gathers keys and values, in the narrower of their own type and that of products, which would round them anyway.
+    Scaled queries are [blocks, batch, size, kv_heads, group, head_dim]."""
     seq = q.shape[1] * context.ways
     size = block_size(seq // (2 * context.ways))
-    k, v = _gather(k), _gather(v)
+    k, v = (_gather(x.astype(min(x.dtype, jnp.dtype(compute), key=lambda dtype: dtype.itemsize))) for x in (k, v))
     ids = None if segments is None else (_cut(segments, size), _cut(_gather(segments), size))
     table = jnp.asarray(pairs_of(seq, context, logits))[jax.lax.axis_index(AXIS)]
     return _Blocks(_cut(in_groups(q, k) * logits.scale, size), _cut(k, size), _cut(v, size), ids, table, size)
@@ -143,7 +146,7 @@ def _attend(
 
 
 def _forward(q, k, v, segments, logits, compute, context):  # type: ignore[no-untyped-def]
-    blocks = _blocks(q, k, v, segments, logits, context)
+    blocks = _blocks(q, k, v, segments, logits, compute, context)
     count, batch, size, kv_heads, group, _ = blocks.q.shape
     rows = (count, batch, kv_heads, size, group)
 
@@ -174,7 +177,7 @@ def _by_query(x: Array) -> Array:
 
 def _backward(logits, compute, context, saved, g):  # type: ignore[no-untyped-def]
     q, k, v, segments, out, log_total = saved
-    blocks = _blocks(q, k, v, segments, logits, context)
+    blocks = _blocks(q, k, v, segments, logits, compute, context)
     g_blocks = _cut(in_groups(g, k), blocks.size)
     delta = _cut(in_groups(g.astype(jnp.float32) * out.astype(jnp.float32), k).sum(-1), blocks.size).swapaxes(2, 3)
 

@@ -76,10 +76,12 @@ def test_bfloat16_products_stay_near_float32() -> None:
         return jnp.sum(attend_cut(q, k, v, None, logits, dtype, where).astype(jnp.float32) ** 2)
 
     both = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)), static_argnums=3)
-    (value, found), (wide, expected) = (
-        both(q, k, v, "bfloat16"),
-        both(*(a.astype(jnp.float32) for a in (q, k, v)), "float32"),
-    )
+    narrow = both.lower(*(a.astype(jnp.float32) for a in (q, k, v)), "bfloat16").as_text()
+    gathers = [line for line in narrow.splitlines() if "all_gather" in line]
+    assert gathers
+    assert all("bf16" in line for line in gathers)  # float32 keys travel as what products read of them
+    value, found = both(q, k, v, "bfloat16")
+    wide, expected = both(*(a.astype(jnp.float32) for a in (q, k, v)), "float32")
     np.testing.assert_allclose(value, wide, rtol=0.01)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == jnp.bfloat16
