@@ -29,8 +29,8 @@ RULES: dict[str, str] = {
     "their gradients reduce-scattered; the embedded tokens exchanged, for its table is cut by columns. Per microbatch",
     "expert": "top_k rows of d_model a token to their experts and back, the same again backward, a layer with experts "
     "(recomputed layers once more); as over data the gradients of all other weights",
-    "context": "keys and values of every layer gathered forward and backward, their gradients reduce-scattered; and "
-    "weights as over fsdp",
+    "context": "keys and values of every layer gathered forward and backward, in the narrower of the stream's type and "
+    "that of products, their gradients reduce-scattered in float32; and weights as over fsdp",
     "tensor": "the stream [tokens, d_model]: an all-reduce after attention and after the feed-forward block, and one "
     "before each backward (experts: of the rows in their slots); one of the embedded tokens and one before the head "
     "backward. With sequence_parallel the same bytes, as reduce-scatter and all-gather",
@@ -209,14 +209,15 @@ def _slots(picks: float, peers: int) -> float:
 def _context(config: RunConfig, sizes: Mapping[str, int], cpu: bool) -> Iterator[Traffic]:
     axes, group = _over(sizes, "context")
     tokens = _tokens(config, sizes) * sizes["context"]
+    operand = min(_activation(config), 4 if config.train.compute_dtype == "float32" else 2)
     for count, block in _blocks(config, sizes):
         a = block.attention
         heads = a.kv_heads if isinstance(a, GroupedQueryAttention) else a.heads
         width = heads * (a.head_dim + a.value_dim) / sizes["tensor"]
         times = count * _passes(config, sizes) / config.train.grad_accumulation
-        size = times * tokens * width * _activation(config)
-        yield Traffic(axes, "all-gather", "keys and values", size * (1 if cpu else 2), group, 4 * count)
-        yield Traffic(axes, "reduce-scatter", "gradients of keys and values", size, group, 2 * count)
+        size = times * tokens * width
+        yield Traffic(axes, "all-gather", "keys and values", size * operand * (1 if cpu else 2), group, 4 * count)
+        yield Traffic(axes, "reduce-scatter", "gradients of keys and values", size * _F32, group, 2 * count)
 
 
 def _stages(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[Traffic]:
