@@ -85,7 +85,7 @@ def test_value_and_gradient_equal_one_device(sizes: dict[str, int], kind: str) -
         one = on_one_device(kind)(layer, x)
         many = program(jax.device_put(layer, places), jax.device_put(x, execution.residual))
         dead = float(one[0][1][1]["dead"])
-        assert dead == EXPERTS - KINDS[kind].top_k if crowded else dead <= 1
+        assert dead >= EXPERTS - KINDS[kind].top_k - 1 if crowded else dead <= 1
         for (path, expected), found in zip(
             jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(many), strict=True
         ):
