@@ -33,15 +33,7 @@ from llamax.train.progress import Progress
 from llamax.train.record import Record
 from llamax.train.rows import plain
 from llamax.train.run_dir import Run, open_run, read_time, stage
-from llamax.train.setup import (
-    Common,
-    batches_of,
-    dispatch_shapes,
-    held_out,
-    load_dispatch,
-    notes,
-    share,
-)
+from llamax.train.setup import Common, batches_of, dispatch_shapes, held_out, load_dispatch, notes, share
 from llamax.train.signals import StopRequest, stop_signals
 from llamax.train.state import TrainState
 from llamax.train.step import Batch, Dispatch, execution_of, make_dispatch
@@ -263,7 +255,7 @@ class _Session:
 
     # ------------------------------------------------------------ pieces
     def _say_choices(self) -> None:
-        """What the config left to the machine."""
+        """What the config left to the machine, and what the mesh costs."""
         for note in notes(self.asked, self.chosen, self.config, self.mesh):
             self._say(f"note: {note}")
 
