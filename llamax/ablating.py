@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llamax.console import Json, Overrides, print_json, show
+from llamax.console import AtHand, Json, NewAtHand, Overrides, print_json, show
 from llamax.errors import UserError
 from llamax.sweeping import Packing, SweepSpec, planned, sweep_run
 
@@ -26,7 +26,7 @@ COLUMNS_A_TABLE = 4
 def ablate_plan(
     spec: SweepSpec,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Write the plan as a study directory, ready to run.")] = None,
+    out: Annotated[Path | None, NewAtHand(help="Write the plan as a study directory, ready to run.")] = None,
     corpus_tokens: Annotated[int | None, typer.Option(help="Training tokens of the corpus, for epochs.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -49,21 +49,23 @@ def ablate_plan(
 def ablate_run(
     spec: SweepSpec,
     overrides: Overrides = None,
-    directory: Annotated[Path | None, typer.Option("--dir", help="Study directory; default runs/<name>.")] = None,
+    directory: Annotated[Path | None, NewAtHand("--dir", help="Study directory; default runs/<name>.")] = None,
     workers: Annotated[int, typer.Option(help="Worker processes on this machine.")] = 1,
     retry_failed: Annotated[bool, typer.Option(help="Try failed cells again.")] = False,
     pack: Packing = "auto",
     as_json: Json = False,
 ) -> None:
     """Train every variant, size and seed; the same command continues, and several may race on one study."""
-    if not (Path(spec) / "plan.json").is_file():
+    from llamax.storage.copies import at_hand
+
+    if not (at_hand(spec) / "plan.json").is_file():
         _spec(spec, overrides)
     sweep_run(spec, overrides, directory, workers, retry_failed, pack, as_json)
 
 
 @app.command("report")
 def ablate_report(
-    study: Annotated[Path, typer.Argument(metavar="DIR", help="A study directory, or its runs as .parquet or .csv.")],
+    study: Annotated[Path, AtHand(metavar="DIR", help="A study directory, or its runs as .parquet or .csv.")],
     sizes: Annotated[str | None, typer.Option(help="Only these sizes, comma-separated.")] = None,
     unit: Annotated[str, typer.Option(help="nats, or log for differences of log loss.")] = "nats",
     flops: Annotated[str, typer.Option(help="Column of the compute that gains are counted in.")] = "flops_causal",

@@ -6,16 +6,29 @@ import gc
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from llamax import ablating, converting, curving, fitting, generating, predicting, profiling, studying, sweeping
-from llamax.console import Json, Overrides, StudyPath
+from llamax import (
+    ablating,
+    converting,
+    curving,
+    fitting,
+    generating,
+    launching,
+    planning,
+    predicting,
+    profiling,
+    studying,
+    sweeping,
+    training,
+)
+from llamax.console import Json, OnDisk, Overrides, RunPath, StudyPath, as_addresses, sending_back
 from llamax.console import emit as _emit
 from llamax.console import print_json as _print_json
 from llamax.console import show as _print
-from llamax.errors import Interrupted, UserError
+from llamax.errors import UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,29 +46,40 @@ app.add_typer(data_app, name="data")
 app.add_typer(model_app, name="model")
 app.add_typer(config_app, name="config")
 app.command("fit")(fitting.fit)
+app.command("launch")(launching.launch)
 app.command("generate")(generating.generate)
+app.command("plan")(planning.plan)
 app.command("profile")(profiling.profile)
 app.command("curves")(curving.curves)
 app.command("predict")(predicting.predict)
 model_app.command("import")(converting.model_import)
 model_app.command("export")(converting.model_export)
 
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+UsageError: Any = typer.BadParameter.__base__  # click's or, in newer versions, typer's own
 
 
 def main() -> None:
     """Run the command line; bad input is one message on stderr and exit code 2."""
     gc.set_threshold(100_000)  # imports and tracing make a million objects that live on: collecting was a tenth of both
     try:
-        app()
+        with sending_back():
+            code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(as_addresses(f"error: {error}"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
+    except typer.Abort:
+        sys.exit(1)
+    except UsageError as error:
+        text, command = error.format_message(), error.ctx.command_path if error.ctx else "llamax"
+        if text and not text.startswith("Usage"):  # `llamax sweep` alone has printed its help
+            print(f"error: {text.rstrip('.')}; see {command} --help", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:  # a path or a disk, outside what names its own field
         print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
@@ -65,7 +89,7 @@ def main() -> None:
 @app.command()
 def quickstart(
     settings: Overrides = None,
-    directory: Annotated[Path, typer.Option("--dir", help="Where the study goes; an existing one continues.")] = Path(
+    directory: Annotated[Path, OnDisk("--dir", help="Where the study goes; an existing one continues.")] = Path(
         "quickstart"
     ),
     fast: Annotated[
@@ -86,33 +110,7 @@ def quickstart(
     _emit(result, as_json)
 
 
-@app.command()
-def train(
-    config: Annotated[str, typer.Argument(help="A shipped config (tiny) or a YAML path.")],
-    overrides: Overrides = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Where the run goes; the same command resumes it.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Train one run, or resume it; SIGTERM saves and exits."""
-    from llamax.config.load import load_run
-
-    resolved = load_run(config, overrides or [])
-    where = run_dir or Path("runs") / Path(config).stem / f"{Path(config).stem}-{resolved.hash8}"
-    from llamax.console import TrainProgress, print_run_plan
-    from llamax.train.loop import train as train_run
-
-    if not as_json:
-        print_run_plan(resolved, where)
-    try:
-        with TrainProgress() as progress:
-            result = train_run(resolved, where, report=progress)
-    except Interrupted as stop:
-        print(f"{stop}; the same command resumes {where}", file=sys.stderr)
-        sys.exit(stop.exit_code)
-    _emit({**result, "run_dir": str(where)}, as_json)
-    if result["status"] == "diverged":
-        print(f"the run diverged: {result['cause']}", file=sys.stderr)
-        sys.exit(1)
+app.command("train")(training.train)
 
 
 @app.command("eval")
@@ -158,8 +156,8 @@ def ledger(
 
 @app.command()
 def diff(
-    a: Annotated[Path, typer.Argument(help="A run directory.")],
-    b: Annotated[Path, typer.Argument(help="Another.")],
+    a: RunPath,
+    b: RunPath,
     as_json: Json = False,
 ) -> None:
     """Why two runs differ: config fields, data, environment, and where the losses part."""
@@ -208,9 +206,10 @@ def data_build(
 @data_app.command("inspect")
 def data_inspect(store: Annotated[Path, typer.Argument(help="A token store.")], as_json: Json = False) -> None:
     """Counts, digests and a look at the text of a store."""
+    from llamax.data.remote import fetched
     from llamax.data.store import inspect_store
 
-    _emit(inspect_store(store), as_json)
+    _emit(inspect_store(fetched(store)), as_json)
 
 
 @model_app.command("list")

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +21,59 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b.c=value]...", help="Config fields to set.")]
-StudyPath = Annotated[Path, typer.Argument(metavar="DIR", help="A study, a run, or a folder of them.")]
+
+
+def _at_hand(path: str, new: bool = False) -> Path:
+    """A path of the command line; of an address in a bucket a folder that shows what is there.
+
+    What the command writes in that folder is sent to the bucket when it ends, see `sending_back`.
+    """
+    if "://" not in str(path):
+        return Path(path)
+    from llamax.storage.copies import at_hand
+
+    OPENED.append(at_hand(path, new=new))
+    return OPENED[-1]
+
+
+def _on_a_disk(path: str) -> Path:
+    """A path of the command line where no bucket will do."""
+    if "://" in str(path):
+        from llamax.errors import UserError
+
+        raise UserError(f"{path}: this command works on a disk alone; give a folder there")
+    return Path(path)
+
+
+@contextmanager
+def sending_back() -> Iterator[None]:
+    """Around a command: what it wrote into folders of buckets is sent there when it ends. Raises UserError."""
+    OPENED.clear()
+    try:
+        yield
+    except SystemExit:  # how a command ends
+        for folder in OPENED:
+            from llamax.storage.copies import publish
+
+            publish(folder)
+        raise
+
+
+OPENED: list[Path] = []  # by the parsers of arguments, which no argument can be passed to
+AtHand = partial(typer.Argument, parser=_at_hand)
+NewAtHand = partial(typer.Option, parser=partial(_at_hand, new=True))
+OnDisk = partial(typer.Option, parser=_on_a_disk)
+StudyPath = Annotated[Path, AtHand(metavar="DIR", help="A study, a run, or a folder of them; gs:// and s3:// too.")]
+RunPath = Annotated[Path, AtHand(metavar="RUN", help="A run directory; gs:// and s3:// too.")]
+
+
+def as_addresses(text: str) -> str:
+    """`text` with addresses in place of the folders of the cache that stand for them."""
+    if "/s3/" not in text and "/gs/" not in text:
+        return text
+    from llamax.storage.places import shown
+
+    return shown(text)
 
 
 def show(*renderables: Any) -> None:
@@ -34,7 +87,7 @@ def show(*renderables: Any) -> None:
 
 def print_json(value: Any) -> None:
     """A result for a program."""
-    print(json.dumps(value, allow_nan=False, default=str))
+    print(as_addresses(json.dumps(value, allow_nan=False, default=str)))
 
 
 def emit(result: dict[str, Any], as_json: bool) -> None:
@@ -43,7 +96,7 @@ def emit(result: dict[str, Any], as_json: bool) -> None:
         print_json(result)
         return
     for line in lines(result):
-        print(line)
+        print(as_addresses(line))
 
 
 def lines(result: dict[str, Any], indent: int = 0) -> Iterator[str]:
@@ -75,13 +128,13 @@ def shown(value: Any) -> str:
     return str(value)
 
 
-def print_run_plan(config: RunConfig, where: Path) -> None:
+def print_run_plan(config: RunConfig, where: str) -> None:
     """What is about to be trained, each derived number with its rule, on stderr."""
     from llamax.accounting import count_params, horizon, memory_bytes
 
     plan, params = horizon(config), count_params(config.model)
     rows = {
-        "run": str(where),
+        "run": where,
         "hash": config.hash8,
         "parameters": f"{params.total:,} ({plan.n:,} in matrix products a token = N)",
         "horizon": plan.rule,
@@ -188,10 +241,16 @@ def build_from_cli(
         raise UserError(
             f"--tokenizer {tokenizer!r}: use bytes, sentencepiece, or the path of a .model or tokenizer.json file"
         )
+    from llamax.data.remote import build_folder, send
+    from llamax.storage.places import is_address, written
+
+    folder = build_folder(out)
     with step_progress() as progress:
-        store = build_store(parts, spec, out, workers=workers, progress=progress)
+        store = build_store(parts, spec, folder, workers=workers, progress=progress)
+    if is_address(out):
+        send(folder, out)
     return {
-        "store": str(store.path),
+        "store": written(out),
         "vocab_size": store.vocab_size,
         "fingerprint": store.fingerprint,
         **store.manifest,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llamax.console import Json, emit
+from llamax.console import AtHand, Json, emit
 
 
 def model_import(
@@ -22,7 +22,7 @@ def model_import(
 
 
 def model_export(
-    run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory.")],
+    run: Annotated[Path, AtHand(metavar="RUN_DIR", help="A run directory.")],
     folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="The folder to make.")],
     step: Annotated[int | None, typer.Option(help="The checkpoint; default the newest.")] = None,
     as_json: Json = False,

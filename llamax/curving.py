@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llamax.console import Json, print_json, show
+from llamax.console import AtHand, Json, print_json, show
 from llamax.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ POINTS = 200
 
 
 def curves(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, studies, or folders of them.")],
+    runs: Annotated[list[Path], AtHand(metavar="RUN...", help="Run directories, studies, or folders of them.")],
     on: Annotated[str, typer.Option(help="Axis to align on: tokens, flops (6 N D), seconds or step.")] = "tokens",
     smooth: Annotated[float, typer.Option(help="Half-life in logged rows of an exponential average; 0: none.")] = 0.0,
     threshold: Annotated[float, typer.Option(help="Robust standard deviations that make a spike.")] = 6.0,

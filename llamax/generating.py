@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llamax.console import Json, lines, print_json
+from llamax.console import AtHand, Json, lines, print_json
 from llamax.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ HOLE = "<FILL_ME>"  # where an infilling prompt is to be filled, as transformers
 
 
 def generate(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory or a Hugging Face folder.")],
+    folder: Annotated[Path, AtHand(metavar="RUN", help="A run directory or a Hugging Face folder.")],
     prompt: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="One or more prompts.")] = None,
     prompt_file: Annotated[list[Path] | None, typer.Option(help="A file that is a prompt; may be repeated.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to draw at most, for every prompt.")] = 128,

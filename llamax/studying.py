@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llamax.console import Json, Overrides, print_json, show
+from llamax.console import Json, OnDisk, Overrides, print_json, show
 
 app = typer.Typer(no_args_is_help=True, help="Ask one question: plan, run, measure and draw the sweep it takes.")
 LRS = ",".join(f"{2.0**k:g}" for k in range(-9, -2))
@@ -23,7 +23,7 @@ def _group() -> None:
 @app.command("lr-transfer")
 def lr_transfer(
     overrides: Overrides = None,
-    directory: Annotated[Path, typer.Option("--dir", help="Study directory; an existing one continues.")] = Path(
+    directory: Annotated[Path, OnDisk("--dir", help="Study directory; an existing one continues.")] = Path(
         "runs/lr-transfer"
     ),
     widths: Annotated[str, typer.Option(help="Ladder widths, or one.")] = "32,64,128,256",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llamax.console import Json, Overrides, StudyPath, print_json, show
+from llamax.console import Json, NewAtHand, Overrides, StudyPath, emit, print_json, show
 
 if TYPE_CHECKING:
     from llamax.sweep.plan import Plan
@@ -24,7 +24,7 @@ Packing = Annotated[
 def sweep_plan(
     sweep: SweepSpec,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Write the plan as a study directory, ready to run.")] = None,
+    out: Annotated[Path | None, NewAtHand(help="Write the plan as a study directory, ready to run.")] = None,
     corpus_tokens: Annotated[int | None, typer.Option(help="Training tokens of the corpus, for epochs.")] = None,
     workers: Annotated[int, typer.Option(help="Workers to estimate the time for.")] = 1,
     pack: Packing = "auto",
@@ -52,11 +52,12 @@ def planned(sweep: str, overrides: list[str] | None, corpus_tokens: int | None) 
     """The plan of a study directory, or, with progress, of a sweep by name or path. Raises UserError as these do."""
     from llamax.config.sweep import load_sweep
     from llamax.console import step_progress
+    from llamax.storage.copies import at_hand
     from llamax.sweep.plan import make_plan
     from llamax.sweep.study import read_study
 
-    if (Path(sweep) / "plan.json").is_file():
-        return read_study(Path(sweep))
+    if ((study := at_hand(sweep)) / "plan.json").is_file():
+        return read_study(study)
     with step_progress() as progress:
         return make_plan(load_sweep(sweep, overrides or []), corpus_tokens=corpus_tokens, progress=progress)
 
@@ -65,7 +66,7 @@ def planned(sweep: str, overrides: list[str] | None, corpus_tokens: int | None) 
 def sweep_run(
     sweep: SweepSpec,
     overrides: Overrides = None,
-    directory: Annotated[Path | None, typer.Option("--dir", help="Study directory; default runs/<name>.")] = None,
+    directory: Annotated[Path | None, NewAtHand("--dir", help="Study directory; default runs/<name>.")] = None,
     workers: Annotated[int, typer.Option(help="Worker processes on this machine.")] = 1,
     retry_failed: Annotated[bool, typer.Option(help="Try failed cells again.")] = False,
     pack: Packing = "auto",
@@ -74,6 +75,7 @@ def sweep_run(
     """Train the cells of a sweep; any number of these commands may race on one study."""
     from llamax.config.sweep import load_sweep
     from llamax.console import step_progress
+    from llamax.storage.copies import at_hand
     from llamax.sweep.live import live
     from llamax.sweep.local import run_local
     from llamax.sweep.packing import parse_pack
@@ -82,7 +84,7 @@ def sweep_run(
     from llamax.sweep.tables import status_table
 
     how = parse_pack(pack)
-    path = Path(sweep)
+    path = at_hand(sweep)
     if not (path / "plan.json").is_file():
         spec = load_sweep(sweep, overrides or [])
         path = directory or Path("runs") / spec.name
@@ -100,15 +102,27 @@ def sweep_run(
 
 @app.command("status")
 def sweep_status(study: StudyPath, as_json: Json = False) -> None:
-    """What is done, running, failed and pending."""
+    """What is done, running, failed and pending, and what the schedulers say of launched workers."""
+    from llamax.launch.records import jobs
     from llamax.sweep.status import status
-    from llamax.sweep.tables import status_table
+    from llamax.sweep.tables import jobs_table, status_table
 
     found = status(study)
+    launched = jobs(study)
     if as_json:
-        print_json(found)
+        print_json(found | {"jobs": launched})
     else:
-        show(status_table(found))
+        show(status_table(found), *([jobs_table(launched)] if launched else []))
+
+
+@app.command("cancel")
+def sweep_cancel(study: StudyPath, as_json: Json = False) -> None:
+    """End the launched workers of a study; what they trained is kept, and `launch` goes on from it."""
+    from llamax.launch.records import cancel
+    from llamax.sweep.study import read_study
+
+    read_study(study)
+    emit({"study": str(study), "ended": cancel(study)}, as_json)
 
 
 @app.command("next")
@@ -122,9 +136,9 @@ def sweep_next(
     as_json: Json = False,
 ) -> None:
     """The next budget of a study, its sizes centred on what the finished runs say."""
+    from llamax.columns import LEDGER_COLUMNS
     from llamax.config.load import dump_yaml
     from llamax.errors import UserError
-    from llamax.fitting import LEDGER_COLUMNS
     from llamax.report.ledger import ledger, usable_runs
     from llamax.sweep.design import ladder_of
     from llamax.sweep.design_report import next_tables

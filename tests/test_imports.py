@@ -16,11 +16,13 @@ PACKAGE = Path(__file__).resolve().parents[1] / "llamax"
 ROWS = [
     {"errors"},
     {"config"},
+    {"storage"},
     {"accounting", "text"},
     {"mesh", "data", "model"},
     {"train"},
     {"tune", "quant", "hub", "generate"},
     {"report", "scaling", "sweep"},
+    {"launch"},
     {path.stem for path in PACKAGE.glob("*.py")} - {"errors"},
 ]
 LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}

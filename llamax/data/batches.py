@@ -24,13 +24,13 @@ class TrainBatches:
     The training split of each source is cut into windows of `seq_len` + 1 tokens, each sharing one token with the next,
     so that every token but the first is a target once an epoch (a rest shorter than a window is left out). An epoch is
     a permutation of the windows, a new one each time; a mixture draws from its sources in proportion to their weights,
-    spread evenly. Every process knows the same global order and takes its own contiguous slice, so the global batch
-    does not depend on how many there are.
+    spread evenly. The order is one for all processes, and each is given the `rows` of every batch that it reads (None:
+    all), so the batch does not depend on how many there are.
 
     `dataset` is the same as a Grain `MapDataset` of batches, for prefetching.
 
     Raises:
-        UserError: a window longer than a source's text, or a batch that does not divide over the processes.
+        UserError: a window longer than a source's text.
     """
 
     # Why not MapDataset.source(windows).shuffle(seed).repeat().batch(n): Grain's bookkeeping costs 20 us an element
@@ -45,13 +45,8 @@ class TrainBatches:
         seq_len: int,
         seed: int,
         mask_documents: bool = False,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Int64[np.ndarray, "rows"] | None = None,
     ):
-        if batch_size % process_count:
-            raise UserError(
-                f"train.batch_size={batch_size} does not divide over {process_count} processes; choose a multiple"
-            )
         for source in store.sources:
             if len(source.train.tokens) <= seq_len:
                 raise UserError(
@@ -60,8 +55,7 @@ class TrainBatches:
                 )
         self.batch_size, self.seq_len = batch_size, seq_len
         self._mask = mask_documents
-        local = batch_size // process_count
-        self._mine = np.arange(process_index * local, (process_index + 1) * local, dtype=np.int64)
+        self.rows = np.arange(batch_size, dtype=np.int64) if rows is None else rows
         self._sources = store.sources
         self._windows = [(len(source.train.tokens) - 1) // seq_len for source in store.sources]
         self._seeds = [_source_seed(seed, i) for i in range(len(store.sources))]
@@ -78,20 +72,20 @@ class TrainBatches:
         return grain.MapDataset.range(sys.maxsize).map(self)
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
-        """`tokens` [local_batch, seq_len + 1] int32, and `segments` alike when documents are masked.
+        """`tokens` [rows, seq_len + 1] int32, and `segments` alike when documents are masked.
 
         Segments number the documents of a window from 1; an end-of-document token belongs to the document it ends.
         """
         return {name: rows[0] for name, rows in self.of_steps(step, 1).items()}
 
     def of_steps(self, step: int, count: int) -> dict[str, np.ndarray]:
-        """The batches of `count` steps from `step` on, stacked: [count, local_batch, seq_len + 1]."""
+        """The batches of `count` steps from `step` on, stacked: [count, rows, seq_len + 1]."""
         steps = np.arange(step, step + count, dtype=np.int64)
-        source, window = self._windows_of((steps[:, None] * self.batch_size + self._mine).ravel())
+        source, window = self._windows_of((steps[:, None] * self.batch_size + self.rows).ravel())
         batch = {"tokens": self._gather(source, window, lambda i, rows: self._views[i][rows])}
         if self._mask:
             batch["segments"] = self._gather(source, window, self._segments)
-        return {name: rows.reshape(count, len(self._mine), -1) for name, rows in batch.items()}
+        return {name: rows.reshape(count, len(self.rows), -1) for name, rows in batch.items()}
 
     def _gather(self, source: Int64[np.ndarray, "batch"], window: Int64[np.ndarray, "batch"], rows: Rows) -> np.ndarray:
         """`rows(i, windows)` of every source, each in its place: [batch, seq_len + 1] int32."""
@@ -176,9 +170,15 @@ def segments(split: Split, starts: Int64[np.ndarray, "batch"], length: int) -> I
 
 # ---------------------------------------------------------------- held-out text
 def eval_batches(
-    store: Store, *, batch_size: int, seq_len: int, max_tokens: int | None = None, mask_documents: bool = False
+    store: Store,
+    *,
+    batch_size: int,
+    seq_len: int,
+    max_tokens: int | None = None,
+    mask_documents: bool = False,
+    rows: Int64[np.ndarray, "rows"] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The held-out split in order, every target token once, in batches of one shape.
+    """The held-out split in order, every target token once, in batches of one shape; of each the `rows` asked for.
 
     Each has `tokens` (and `segments`) [batch, seq_len + 1] int32, and `weights` [batch, seq_len] float32: 1 where the
     target counts, 0 on padding (token 0, segment 0). The first token of each source has no context and is no target.
@@ -194,26 +194,28 @@ def eval_batches(
     chosen = [windows[i * len(windows) // wanted] for i in range(wanted)]
     budget = sum(len(source.held_out.tokens) for source in store.sources) if max_tokens is None else max_tokens
     for first in range(0, wanted, batch_size):
-        batch = _held_out_batch(chosen[first : first + batch_size], batch_size, seq_len, mask_documents)
-        counted = batch["weights"].ravel().cumsum(dtype=np.int64).reshape(batch["weights"].shape)
-        batch["weights"] = np.where(counted <= budget, batch["weights"], np.float32(0))
+        part = chosen[first : first + batch_size]
+        weights: Float32[np.ndarray, "batch seq_len"] = np.zeros((batch_size, seq_len), np.float32)
+        for row, (split, start) in enumerate(part):
+            weights[row, : len(split.tokens) - start - 1] = 1
+        counted = weights.ravel().cumsum(dtype=np.int64).reshape(weights.shape)
+        weights = np.where(counted <= budget, weights, np.float32(0))
         budget -= int(counted[-1, -1])
-        yield batch
+        mine = range(batch_size) if rows is None else rows.tolist()
+        batch = _held_out_rows([part[row] if row < len(part) else None for row in mine], seq_len, mask_documents)
+        yield {**batch, "weights": weights if rows is None else weights[rows]}
 
 
-def _held_out_batch(
-    windows: list[tuple[Split, int]], batch_size: int, seq_len: int, mask: bool
-) -> dict[str, np.ndarray]:
-    shape = (batch_size, seq_len + 1)
+def _held_out_rows(windows: list[tuple[Split, int] | None], seq_len: int, mask: bool) -> dict[str, np.ndarray]:
+    """Tokens, and segments where masked, of the windows; zeros where there is none, and after a short one."""
+    shape = (len(windows), seq_len + 1)
     batch = {name: np.zeros(shape, np.int32) for name in (["tokens", "segments"] if mask else ["tokens"])}
-    weights: Float32[np.ndarray, "batch seq_len"] = np.zeros((batch_size, seq_len), np.float32)
-    for row, (split, start) in enumerate(windows):
+    for row, (split, start) in ((row, window) for row, window in enumerate(windows) if window is not None):
         length = min(seq_len + 1, len(split.tokens) - start)
         batch["tokens"][row, :length] = split.tokens[start : start + length]
         if mask:
             batch["segments"][row, :length] = segments(split, np.array([start]), length)[0]
-        weights[row, : length - 1] = 1
-    return {**batch, "weights": weights}
+    return batch
 
 
 def held_out_bytes_per_token(store: Store) -> float:

@@ -10,6 +10,7 @@ from llamax.config.files import cache_dir
 from llamax.config.load import load_corpus
 from llamax.config.run import DataConfig
 from llamax.data.format import Store
+from llamax.data.remote import fetched
 from llamax.data.store import build_store, list_sources, store_key
 
 
@@ -20,10 +21,10 @@ def open_data(config: DataConfig, progress: Callable[[str, int, int], None] | No
     size, time), so that a changed tree is built anew and an unchanged one opens at once.
 
     Raises:
-        UserError: no store there or a damaged one; a corpus that cannot be read.
+        UserError: no store there or a damaged one, a bucket that does not answer; a corpus that cannot be read.
     """
     if config.store is not None:
-        return Store.open(config.store)
+        return Store.open(fetched(config.store))
     corpus = load_corpus(config.corpus)
     key = store_key(corpus, config.tokenizer, list_sources(corpus))
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.corpus).stem) or "corpus"

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llamax.config.files import find, read_yaml
 from llamax.config.mesh import AXES, MeshConfig
 from llamax.errors import UserError
+from llamax.mesh.layout import laid_out
 
 Rules = dict[str, tuple[str, ...]]
 
@@ -40,7 +41,7 @@ def load_rules(name: str) -> Rules:
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The device mesh with the axes AXES; -1 becomes the devices the others leave.
+    """The device mesh with the axes AXES, laid out as layout.py says; -1 becomes the devices the others leave.
 
     Without a -1 a single process uses as many of its devices as asked for.
 
@@ -69,7 +70,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             )
         devices = devices[:fixed]  # what was asked for; the others stay idle
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+    return Mesh(laid_out(sizes, devices), AXES, axis_types=types)
 
 
 def spec_of(axes: tuple[str, ...], shape: tuple[int, ...], rules: Rules, mesh: Mesh, name: str) -> PartitionSpec:

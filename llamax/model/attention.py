@@ -13,7 +13,7 @@ from llamax.config.components import GroupedQueryAttention, Init, Position, Rope
 from llamax.model.cache import KeyValues, Slot, Step, extend
 from llamax.model.context import attend_cut
 from llamax.model.execution import Execution
-from llamax.model.flash import COVERS, covering
+from llamax.model.flash import COVERS, by_device, covering
 from llamax.model.linear import contract, parameter, weight
 from llamax.model.norm import Normalize
 from llamax.model.position import alibi_slopes, logit_scale, query_temperature, rotate
@@ -117,7 +117,8 @@ def attention(
     kernel = covering(execution.kernels, set(asked), execution.plain, q.shape, k.shape, v.shape)
     if kernel is None:
         return attend(q, k, v, sight, logits, execution.plain)
-    return COVERS[kernel].run(q, k, v, scale=scale, dtype=execution.plain, **asked)
+    run = by_device(COVERS[kernel], execution.residual)
+    return run(q, k, v, scale=scale, dtype=execution.plain, **asked)
 
 
 class SelfAttention(nnx.Module):

@@ -6,9 +6,10 @@ They read their operands in `dtype` and accumulate in float32; results come back
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 Shape = tuple[int, ...]
@@ -81,20 +82,47 @@ def _splash_blocks(library, seq: int):  # type: ignore[no-untyped-def]
 
 
 class Cover(NamedTuple):
-    """What a kernel computes: with which `features` of a call besides scale and causal order, and which sizes."""
+    """What a kernel computes: with which `features` of a call besides scale and causal order, and which sizes; whether
+    XLA's partitioner knows how to cut it over devices."""
 
     run: Callable[..., Array]
     features: frozenset[str]
     dtypes: tuple[str, ...]
     head_dim: tuple[int, int]  # a multiple of, at most
     seq: int  # a multiple of
+    partitions: bool
 
 
 # Sizes: jax/_src/cudnn/fused_attention_stablehlo.py (256 on Hopper, 128 before) and the block sizes of splash.
 COVERS: dict[str, Cover] = {
-    "cudnn": Cover(cudnn, frozenset({"window", "segments"}), ("bfloat16", "float16"), (8, 128), 2),
-    "splash": Cover(splash, frozenset({"window", "softcap", "segments"}), ("bfloat16", "float32"), (128, 256), 128),
+    "cudnn": Cover(cudnn, frozenset({"window", "segments"}), ("bfloat16", "float16"), (8, 128), 2, True),
+    "splash": Cover(
+        splash, frozenset({"window", "softcap", "segments"}), ("bfloat16", "float32"), (128, 256), 128, False
+    ),
 }
+HEADS = "tensor"  # the mesh axis that cuts heads, where it divides them
+
+
+def by_device(cover: Cover, residual: NamedSharding | None) -> Callable[..., Array]:
+    """`cover.run`, where it does not partition itself by every device on its own rows (those of the residual stream,
+    whose sharding is given) and its own heads: attention needs nothing of the others'."""
+    if cover.partitions or residual is None:
+        return cover.run
+    mesh, rows = residual.mesh, residual.spec[0]
+
+    def run(q: Array, k: Array, v: Array, segments: Array | None = None, **asked: Any) -> Array:
+        ways = mesh.shape.get(HEADS, 1)
+        heads = PartitionSpec(rows, None, HEADS if k.shape[2] % ways == 0 else None, None)
+        ids = () if segments is None else (segments,)
+
+        def own(q: Array, k: Array, v: Array, *ids: Array) -> Array:
+            return cover.run(q, k, v, **asked, **({"segments": ids[0]} if ids else {}))
+
+        specs = (heads, heads, heads, *(PartitionSpec(rows, None) for _ in ids))
+        # Replication over axes that are not named is not checked: the kernel does not say what it does.
+        return jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v, *ids)
+
+    return run
 
 
 def covering(

@@ -19,10 +19,10 @@ class Host(NamedTuple):
 # cudnn: flash attention through jax.nn, which partitions itself over batch and heads; bfloat16 from Ampere on.
 # Over cut sequences attention has its own blocks (context.py), and what cuDNN is given for stages side by side, under
 # jax.vmap, does not partition over them.
-# splash: TPU flash attention (Pallas); a Pallas call does not partition itself, so one device.
+# splash: TPU flash attention (Pallas); a Pallas call does not partition itself, so flash.py does it by hand.
 RULES: dict[str, Callable[[Host], bool]] = {
     "cudnn": lambda host: host.platform == "cuda" and host.capability >= 8.0 and not host.cut,
-    "splash": lambda host: host.platform == "tpu" and host.devices == 1,
+    "splash": lambda host: host.platform == "tpu" and not host.cut,
 }
 
 
@@ -31,7 +31,7 @@ def host_of(devices: Iterable[Any], axes: Mapping[str, int] | None = None) -> Ho
     devices = list(devices)
     first = devices[0]
     gpu = first.platform == "gpu"
-    platform = ("cuda" if "cuda" in first.client.platform_version else "rocm") if gpu else first.platform
+    platform = ("rocm" if "rocm" in first.client.platform_version else "cuda") if gpu else first.platform
     capability = min(float(device.compute_capability) for device in devices) if platform == "cuda" else 0.0
     cut = any((axes or {}).get(axis, 1) > 1 for axis in ("context", "stage"))
     return Host(platform, capability, len(devices), cut)

@@ -14,6 +14,7 @@ from llamax.report.read import cells_by_directory
 from llamax.report.style import GRID, INK, SURFACE, Picture, finish, hover, key, label_ends, log_axis, panel
 from llamax.report.style import sequence as colours
 from llamax.report.words import decimals, power
+from llamax.storage.copies import at_hand
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +42,7 @@ def ablation_runs(path: str | Path) -> pd.DataFrame:
     """
     import pandas as pd
 
-    path = Path(path)
+    path = at_hand(path)
     if path.suffix in (".parquet", ".csv"):
         if not path.is_file():
             raise UserError(f"{path}: no such table; give a study directory or a .parquet or .csv of its runs")

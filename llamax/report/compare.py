@@ -12,6 +12,7 @@ from llamax.config.load import diff
 from llamax.config.run import IDENTITY
 from llamax.errors import UserError
 from llamax.report.read import RUN_FILES, number, read_lines, read_object
+from llamax.storage.copies import at_hand
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -149,7 +150,7 @@ def _pair(paths: list[Path], name: str) -> tuple[list[dict[str, Any]], list[str]
 
 
 def _run(path: str | Path) -> Path:
-    run = Path(path).expanduser()
+    run = at_hand(path).expanduser()
     if not any((run / name).is_file() for name in RUN_FILES):
         raise UserError(f"{path}: not a run directory (no {' or '.join(RUN_FILES)}); give the folder of one run")
     return run

@@ -11,6 +11,7 @@ from llamax.report.branching import saving
 from llamax.report.findings import answer, question, remarks, verdict, warnings, within
 from llamax.report.read import flatten, number
 from llamax.report.words import FORMULAS, LAWS, MISSING, SHORT_LAWS, count, decimals, duration, interval, plural, power
+from llamax.train.goodput import shares
 
 if TYPE_CHECKING:
     from llamax.report.study import Study
@@ -328,7 +329,10 @@ def _method(study: Study) -> Section:
     spent = study.runs["seconds"].dropna()
     stages = [(str(k), duration(v)) for k, v in study.timings.items() if number(v) == number(v)]
     rows = [*stages, ("training, sum over runs", duration(spent.sum()) if len(spent) else MISSING)]
+    rows += [(f"{kind}, sum over runs", duration(value)) for kind, value in study.spent.items()]
     blocks.append(Grid(("stage", "time"), tuple(rows)))
+    if study.spent:
+        blocks.append(Words(f"Of the time since the runs were first started: {shares(study.spent)}.", small=True))
     prints = [str(p) for p in study.runs["fingerprint"].dropna().unique()]
     environment = [("data fingerprint", p[:16]) for p in prints]
     for env in study.env:

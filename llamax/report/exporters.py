@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llamax.errors import UserError
+from llamax.storage.copies import at_hand
 from llamax.train.run_dir import read_config, read_evals, read_metrics, read_result
 
 Points = list[tuple[int, float, dict[str, float]]]  # (step, seconds since the start, finite values by name)
@@ -25,7 +26,7 @@ def export(run_dir: Path, kind: str) -> Path:
     """
     if kind not in EXPORTERS:
         raise UserError(f"exporter {kind!r} is not known; use one of {', '.join(EXPORTERS)}")
-    run_dir = Path(run_dir)
+    run_dir = at_hand(run_dir)
     config = read_config(run_dir).as_dict()
     out, partial = run_dir / kind, run_dir / f".{kind}"
     shutil.rmtree(partial, ignore_errors=True)

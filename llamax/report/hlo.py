@@ -29,6 +29,20 @@ class Instruction:
     op_name: str  # JAX's path of transformations and primitives
     frames: tuple[str, ...]
     attributes: str
+    type: str = ""  # as written, with layouts; of a tuple all of it
+    literal: str = ""  # of a constant its value, of a parameter its number
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """Computations that run when it does: fused, wrapped as asynchronous, called, branches; not those of a loop."""
+        if self.opcode == "call":
+            return tuple(re.findall(r"to_apply=%?([\w.\-]+)", self.attributes))
+        if self.opcode == "conditional":
+            named = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
+            ends = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", self.attributes)
+            return tuple(re.findall(r"%?([\w.\-]+)", named[1])) if named else tuple(ends)
+        asynchronous = self.opcode in ("async-update", "async-done")  # they name what async-start runs
+        return (self.calls,) if self.calls and not asynchronous else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +52,7 @@ class Program:
     name: str
     instructions: dict[str, Instruction]
     computations: dict[str, tuple[Instruction, ...]]
+    entry: str = ""  # the computation that runs first
 
     def find(self, name: str) -> Instruction | None:
         """The instruction of this name, also as a GPU kernel spells it, `loop_add_fusion_3` for `loop_add_fusion.3`."""
@@ -51,6 +66,41 @@ class Program:
         """The instruction and all that it runs, for a fusion those it fuses."""
         body = self.computations.get(instruction.calls or "", ())
         return (instruction, *(part for inner in body for part in self.inside(inner)))
+
+    @functools.cached_property
+    def executions(self) -> dict[str, float]:
+        """How often each computation runs in one run of the program, branches of a conditional as if all did.
+
+        A loop whose length is data counts once in the entry computation (a dispatch of one step), and not at all
+        further inside (spare rounds of experts, which a router that is balanced never needs).
+        """
+        times: dict[str, float] = {}
+
+        def run(name: str, count: float) -> None:
+            times[name] = times.get(name, 0.0) + count
+            for part in self.computations.get(name, ()):
+                for called in part.called:
+                    run(called, count)
+                if part.opcode == "while":
+                    unknown = 1 if name == self.entry else 0
+                    trips = self.trips(part)
+                    body = _attribute(r"body=%?([\w.\-]+)", part.attributes)
+                    run(body or "", count * (unknown if trips is None else trips))
+
+        run(self.entry, 1.0)
+        return times
+
+    def trips(self, loop: Instruction) -> int | None:
+        """How often a while loop runs: as XLA notes it, else from a condition `i < constant`, i from 0; None if it is
+        neither."""
+        noted = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes)
+        if noted:
+            return int(noted[1])
+        condition = self.computations.get(_attribute(r"condition=%?([\w.\-]+)", loop.attributes) or "", ())
+        if not condition or condition[-1].opcode != "compare" or "direction=LT" not in condition[-1].attributes:
+            return None
+        bounds = [self.instructions[name].literal for name in condition[-1].operands if name in self.instructions]
+        return next((int(text) for text in bounds if text.isdigit()), None)
 
     def opcodes(self, instruction: Instruction) -> list[str]:
         """The opcodes of `inside`, sorted; arithmetic on a scalar index is not counted, for it moves nothing."""
@@ -94,22 +144,39 @@ def dimensions(shape: str) -> list[int]:
     return [int(n) for n in found[2].split(",") if n] if found else []
 
 
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "token": 0, "opaque": 0}
+
+
+def type_bytes(text: str, space: str | None = None) -> int:
+    """Bytes of a type as written, of a tuple the sum; with `space`, only of the arrays whose layout names that memory
+    space (`S(1)` is a TPU's on-chip memory) or, for "", none."""
+    total = 0
+    for dtype, sizes, layout in re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", text):
+        place = re.search(r"S\(\d+\)", layout)
+        if space is not None and (place[0] if place else "") != space:
+            continue
+        bits = _BITS[dtype] if dtype in _BITS else int(re.search(r"[1-9]\d*", dtype)[0])  # type: ignore[index]
+        total += bits * math.prod(int(n) for n in sizes.split(",") if n) // 8
+    return total
+
+
 def parse_program(text: str) -> Program:
     """The module of an HLO text; lines it does not know are passed over."""
     frames = _Frames(text)
     computations: dict[str, tuple[Instruction, ...]] = {}
     inside: list[Instruction] = []
-    current = ""
+    current, entry = "", ""
     for line in text.splitlines():
         if line[:1] == "}":
             computations[current], inside = tuple(inside), []
         elif match := _COMPUTATION.match(line):
             current = match[1]
+            entry = current if line.startswith("ENTRY") else entry
         elif match := _INSTRUCTION.match(line):
             inside.append(_instruction(frames, *match.groups()))
     named = {part.name: part for parts in computations.values() for part in parts}
     module = re.match(r"HloModule ([^,\s]+)", text)
-    return Program(module[1] if module else "", named, computations)
+    return Program(module[1] if module else "", named, computations, entry)
 
 
 def _instruction(frames: _Frames, name: str, shape: str, opcode: str, rest: str) -> Instruction:
@@ -126,6 +193,8 @@ def _instruction(frames: _Frames, name: str, shape: str, opcode: str, rest: str)
         op_name=_attribute(r'op_name="([^"]*)"', attributes) or "",
         frames=frames.of(int(frame[1])) if frame else (),
         attributes=attributes,
+        type=shape,
+        literal=operands if opcode in ("constant", "parameter") else "",
     )
 
 

@@ -16,6 +16,9 @@ from llamax.report.ledger import curves, ledger
 from llamax.report.read import find_runs, number, read_object
 from llamax.scaling.laws import ChinchillaLaw, Cost, CoupledLaw, Law, optimal_allocation
 from llamax.scaling.register import ledger_path, read_predictions, scores
+from llamax.storage.copies import at_hand
+from llamax.train.goodput import total
+from llamax.train.run_dir import TIME
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,6 +39,7 @@ class Study:
     prediction: Mapping[str, Any]
     timings: Mapping[str, Any]
     env: tuple[Mapping[str, Any], ...]
+    spent: Mapping[str, float]  # seconds by kind, summed over runs (train/goodput.py)
     problems: tuple[str, ...]
 
     @property
@@ -148,8 +152,8 @@ def load_study(
     Raises:
         UserError: `path` is not a folder.
     """
-    runs, rows = ledger(path), curves(path)
-    root = Path(path)
+    root = at_hand(path)
+    runs, rows = ledger(root), curves(root)
     names = {"fits": fits, "timings": timings, "plan": None}
     parts, problems = {}, []
     for name, given in names.items():
@@ -166,6 +170,7 @@ def load_study(
         curves=rows,
         spec=spec,
         env=_environments(root),
+        spent=_spent(root),
         problems=tuple(problems),
         prediction=prediction,
         **parts,
@@ -183,6 +188,12 @@ def _claim(root: Path, runs: pd.DataFrame) -> tuple[Mapping[str, Any], str | Non
     done = runs[runs["status"].eq("done")]
     known = done.rename(columns={"flops_6n": "flops", "eval_loss": "loss"})[["run", "n", "flops", "loss"]]
     return scores(records[-1:], known)[0], None
+
+
+def _spent(root: Path) -> Mapping[str, float]:
+    """Where the time of the runs went; a run whose time.json is missing or damaged is left out."""
+    accounts = (_part(read_object(run / TIME)[0], "seconds") for run in find_runs(root))
+    return total({str(kind): number(value) for kind, value in account.items()} for account in accounts)
 
 
 def _environments(root: Path) -> tuple[Mapping[str, Any], ...]:

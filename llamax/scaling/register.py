@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from llamax.errors import UserError
 from llamax.scaling.laws import Scalar
 from llamax.scaling.predict import score
+from llamax.storage.copies import at_hand, publish
 from llamax.train.files import write_atomic, writing
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ Record = dict[str, Any]
 
 def ledger_path(data: str | Path) -> Path:
     """Where predictions about `data` live: in a study's folder, or beside a table of runs under its name."""
-    data = Path(data)
+    data = at_hand(data)
     return data.with_name(f"{data.stem}.{NAME}") if data.suffix in (".csv", ".tsv", ".parquet") else data / NAME
 
 
@@ -167,6 +168,8 @@ def register(
         file.flush()
         os.fsync(file.fileno())
         write_atomic(_head(path), json.dumps([len(records) + 1, record["sha256"]]) + "\n")
+    publish(path)  # first the one that decides between two who append to a bucket
+    publish(_head(path), over=True)
     return record
 
 

@@ -8,13 +8,18 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from llamax.config.run import RunConfig
 from llamax.errors import Interrupted
+from llamax.storage.bucket import StorageError
+from llamax.storage.copies import publish, refresh
+from llamax.storage.places import address_of
 from llamax.sweep.claim import Lease, LeaseLost
+from llamax.sweep.deaths import counted
 from llamax.sweep.plan import Cell
 from llamax.sweep.process import me
 from llamax.sweep.study import record_failure
@@ -52,7 +57,8 @@ def progress_path(study: Path, cell: str) -> Path:
 def _alone(study: Path, lease: Lease, cell: Cell, train: Train, emit: OnEvent, should_stop: ShouldStop) -> End:
     try:
         report = _reporter(study, lease, cell, emit, should_stop)
-        return _trained(train, cell.config, study / cell.run_name, report)
+        with counted(study, cell):
+            return _trained(train, cell.config, study / cell.run_name, report)
     except Interrupted as stop:  # the training loop caught the signal itself, and has saved
         raise Stopped(str(stop)) from None
     except (Exception, LeaseLost) as error:
@@ -79,11 +85,11 @@ def _settle(study: Path, lease: Lease, cell: Cell, end: End, emit: OnEvent) -> s
     if isinstance(end, dict):
         emit("done", cell.name, end)
         return "done"
-    if isinstance(end, LeaseLost) or lease.lost.is_set() or lease.successor.exists():
+    if isinstance(end, LeaseLost) or lease.lost.is_set() or lease.taken():
         emit("lost", cell.name, {})
         return "lost"
-    if not isinstance(end, Exception):
-        raise end
+    if not isinstance(end, Exception) or isinstance(end, StorageError):
+        raise end  # a bucket that was away is no failure of the cell
     record_failure(study, cell.name, end)
     emit("failed", cell.name, {"error": str(end) or type(end).__name__})
     return "failed"
@@ -108,26 +114,30 @@ def _reporter(
 
 def _trained(train: Train, config: RunConfig, run_dir: Path, report: Callable[[Progress], None]) -> dict[str, Any]:
     result = train(config, run_dir, report=report)
+    refresh(run_dir)
     if not (run_dir / "result.json").exists():
         raise RuntimeError(f"{run_dir.name}: training returned without writing result.json")
     return result if isinstance(result, dict) else {}
 
 
 class _Saver:
-    """Writes a cell's newest report, at most twice a second and at every change of phase."""
+    """Writes a cell's newest report, at most twice a second and at every change of phase; into a bucket every 10 s."""
 
     def __init__(self, study: Path, cell: str) -> None:
         self.path, self.due, self.phase = progress_path(study, cell), 0.0, ""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.started = time.time()
+        self.seconds = 0.5 if address_of(study) is None else 10.0
 
     def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
         if now < self.due and progress.phase == self.phase:
             return
-        self.due, self.phase = now + 0.5, progress.phase
+        self.due, self.phase = now + self.seconds, progress.phase
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(progress).items()}
         text = json.dumps({**finite, "pid": me()["pid"], "started": self.started, "time": time.time()})
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         temporary.write_text(text, encoding="utf-8")  # no fsync: losing a report in a power cut is no loss
         os.replace(temporary, self.path)
+        with suppress(StorageError):  # the next report is as good
+            publish(self.path, over=True, seconds=0.0)

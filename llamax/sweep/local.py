@@ -17,15 +17,18 @@ from typing import Any
 
 import llamax.sweep
 from llamax.errors import UserError
+from llamax.storage.bucket import StorageError
+from llamax.storage.places import address_of
 from llamax.sweep.claim import holder
+from llamax.sweep.crew import ASKED
 from llamax.sweep.packing import AUTO, NEVER, Pack
 from llamax.sweep.process import cores, me, share
 from llamax.sweep.status import status
 from llamax.sweep.study import clear_failures, is_finished, read_study, record_failure, select
 
 GRACE_SECONDS = 10.0
+BUCKET_SECONDS = 5.0  # between two looks at a study in a bucket
 CRASHES = 3  # of one cell's worker before the cell counts as failed
-ASKED = 128 + signal.SIGTERM  # a worker's exit code when it was asked to stop
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -80,6 +83,7 @@ def run_local(
     with _stoppable(), _ended_workers() as running:
         running.extend(spawn(i) for i in range(min(workers, left)))
         crashes: Counter[str] = Counter()
+        due = 0.0
         while running:
             time.sleep(report_seconds)
             for worker in [w for w in running if w.process.poll() is not None]:
@@ -87,8 +91,10 @@ def run_local(
                 if worker.process.returncode not in (0, ASKED):
                     packed = _after_crash(study, worker, crashes)
                     running.append(spawn(worker.index, not packed and worker.packs))
-            if report is not None:
-                report(status(study, names))
+            if report is not None and time.monotonic() >= due:
+                with contextlib.suppress(StorageError):  # the workers wait for it, and say so in their logs
+                    report(status(study, names))
+                due = time.monotonic() + (0.0 if address_of(study) is None else BUCKET_SECONDS)
     return status(study, names)
 
 
@@ -102,6 +108,7 @@ def _spawner(
     def spawn(index: int, packs: bool = True) -> _Worker:
         mine = share(available, index, workers, threads)
         env = os.environ | {name: str(len(mine)) for name in THREADS}
+        env["LLAMAX_PROCESSES"] = "1"  # a worker by itself, whatever has started this process
         env["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
         if workers > 1:
             env.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several workers share one accelerator's memory

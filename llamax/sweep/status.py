@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from llamax.errors import UserError
+from llamax.storage.copies import at_hand, refresh
 from llamax.sweep.attempt import progress_path
 from llamax.sweep.claim import holder, shared_now
 from llamax.sweep.study import failure_path, read_json
 from llamax.sweep.throughput import wall_seconds
-from llamax.train.run_dir import CHECKPOINTS
+from llamax.train.goodput import total
+from llamax.train.run_dir import CHECKPOINTS, TIME
 
 STATES = ("done", "diverged", "running", "failed", "pending")
 SHOWN = ("step", "tokens", "loss", "tokens_per_second", "seconds_left", "phase")
@@ -25,14 +27,15 @@ def status(study: Path, only: Iterable[str] | None = None) -> dict[str, Any]:
 
     `cells` holds a row a cell: name, run, state (of `STATES`), tags, step, first_step (a branch's), steps, tokens,
     loss (held-out once done), tokens_per_second, seconds, seconds_left, estimate_seconds, error (first line), attempts
-    (claims so far).
-    `counts` by state; `left` cells neither finished nor failed; `seconds_left` for all of them with the workers now
-    running.
+    (claims so far), spent (seconds by kind, see train/goodput.py).
+    `counts` by state; `spent` by kind, the sum of the cells'; `left` cells neither finished nor failed; `seconds_left`
+    for all of them with the workers now running.
 
     Raises:
         UserError: `study` has no readable plan.
     """
-    study = Path(study)
+    study = at_hand(study)
+    refresh(study)
     chosen = None if only is None else set(only)
     cells = [cell for cell in _planned(study) if chosen is None or cell["name"] in chosen]
     now = shared_now(study) if (study / "leases").is_dir() else 0.0
@@ -43,6 +46,7 @@ def status(study: Path, only: Iterable[str] | None = None) -> dict[str, Any]:
         "study": study.name,
         "cells": rows,
         "counts": {state: counts[state] for state in STATES},
+        "spent": total(row["spent"] for row in rows),
         "left": len(left),
         "seconds_left": _seconds_left(rows, left),
     }
@@ -66,6 +70,7 @@ def _row(study: Path, cell: Mapping[str, Any], now: float) -> dict[str, Any]:
         "seconds_left": None,
     }
     row |= {"phase": None, "estimate_seconds": cell["seconds"], "error": None, "attempts": 0}
+    row["spent"] = (read_json(study / cell["run"] / TIME) or {}).get("seconds", {})
     result = study / cell["run"] / "result.json"
     if (done := _parsed(result)) is not None:
         taken = {key: done.get(key) for key in ("tokens", "tokens_per_second", "seconds")}

@@ -5,6 +5,8 @@ runs/<study>/
   leases/       who trains what   failures/<cell>.json   error and traceback
   progress/<cell>.json  newest report                 logs/      output of local workers
   <cell>-<hash8>/       run directories
+
+A study in a bucket is its view in the cache: what is written there is published at once, and `refresh` brings the rest.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from llamax.config.load import diff, dump_yaml, validate
 from llamax.config.run import RunConfig
 from llamax.config.sweep import SweepConfig
 from llamax.errors import UserError
+from llamax.storage.copies import publish
 from llamax.sweep.plan import Cell, Plan, load_plan, save_plan
 from llamax.train.files import write_atomic
 from llamax.train.run_dir import CHECKPOINTS
@@ -44,6 +47,8 @@ def open_study(study: Path, plan: Plan) -> Plan:
             return _same_cells(study, plan)
         save_plan(plan, study / "plan.json")
         write_atomic(study / "study.yaml", dump_yaml(plan.spec))
+        publish(study / "study.yaml")
+        publish(study / "plan.json")
     return plan
 
 
@@ -83,6 +88,7 @@ def add_cells(study: Path, cells: Sequence[Cell]) -> Plan:
         if new:
             plan = replace(plan, cells=(*plan.cells, *(replace(cell, extra=True) for cell in new)))
             save_plan(plan, study / "plan.json")
+            publish(study / "plan.json")
     return plan
 
 
@@ -158,12 +164,15 @@ def record_failure(study: Path, cell: str, error: BaseException | str, detail: s
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"cell": cell, "kind": kind, "error": text, "traceback": detail, "time": time.time()}
     write_atomic(path, json.dumps(record, indent=1))
+    publish(path, over=True)
 
 
 def clear_failures(study: Path, cells: Iterable[Cell]) -> None:
     """Forgets the recorded failures of some cells, so that they are claimed again."""
     for cell in cells:
-        failure_path(study, cell.name).unlink(missing_ok=True)
+        if (path := failure_path(study, cell.name)).exists():
+            path.unlink(missing_ok=True)
+            publish(path)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from llamax.train.goodput import shares
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
@@ -85,6 +87,8 @@ def status_table(state: Mapping[str, Any], most: int | None = None) -> Table:
     left = f", about {duration(state['seconds_left'])} left" if state["left"] else ""
     columns = ("cell", "state", "step", "loss", "tokens/s", "time", "left", "note")
     table = plain_table(*columns, title=f"{state['study']}: {counts}{left}")
+    if state.get("spent"):
+        table.caption = f"time of all cells: {shares(state['spent'])}"
     rows = list(state["cells"])
     if most is not None and len(rows) > most:
         order = {"running": 0, "failed": 1, "diverged": 2, "pending": 3, "done": 4}
@@ -97,6 +101,17 @@ def status_table(state: Mapping[str, Any], most: int | None = None) -> Table:
         state_text, step = f"[{STYLES[row['state']]}]{row['state']}[/]", f"{row['step'] or 0:,}/{row['steps']:,}"
         times = (duration(row["seconds"]), duration(row["seconds_left"]))
         table.add_row(row["name"], state_text, step, loss, rate, *times, _plain(note))
+    return table
+
+
+def jobs_table(jobs: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a launched job that lives or cannot be asked after, and how many have ended."""
+    ended = sum(job["live"] is False for job in jobs)
+    title = f"Launched workers: {len(jobs)}, {ended} of them ended"
+    table = plain_table("job", "launcher", "state", "note", title=title)
+    for job in jobs:
+        if job["live"] is not False:
+            table.add_row(job["id"], job["launcher"], job["state"], _plain(job["note"]))
     return table
 
 

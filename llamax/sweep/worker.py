@@ -1,6 +1,7 @@
 """A worker: claim a cell, train it, write down how it ended, until nothing is left.
 
-`work` runs in this process; `python -m llamax.sweep.worker STUDY` is the process that `run_local` starts.
+`work` runs in this process; `python -m llamax.sweep.worker STUDY` is the process that launchers start, alone or as one
+of several (crew.py).
 """
 
 from __future__ import annotations
@@ -19,14 +20,21 @@ from pathlib import Path
 from typing import Any
 
 from llamax.errors import UserError
+from llamax.mesh.job import ALONE, Job, start_processes
+from llamax.mesh.processes import find_processes
+from llamax.storage.bucket import StorageError
+from llamax.storage.copies import at_hand, refresh
+from llamax.storage.places import address_of
 from llamax.sweep.attempt import OnEvent, ShouldStop, Stopped, Train, train_cells
 from llamax.sweep.claim import LEASE_SECONDS, Lease, claim
+from llamax.sweep.crew import AGAIN, ASKED, Crew
 from llamax.sweep.packing import NEVER, Pack, groups, parse_pack
 from llamax.sweep.plan import Cell, Plan
 from llamax.sweep.process import cores, die_with, pin
 from llamax.sweep.study import can_begin, clear_failures, is_settled, orphaned, read_study, record_failure, select
+from llamax.train.env import versions
 
-POLL_SECONDS = 0.5
+POLL_SECONDS, BUCKET_POLL_SECONDS = 0.5, 5.0
 EVENTS = ("start", "progress", "done", "failed", "lost", "waiting")
 Groups = dict[str, tuple[frozenset[str], int]]  # of a cell: the names in its group, and how many train together
 
@@ -42,6 +50,7 @@ def work(
     should_stop: ShouldStop = lambda: False,
     pack: Pack = NEVER,
     workers: int = 1,
+    job: Job = ALONE,
 ) -> dict[str, list[str]]:
     """Trains cells of a study until every one is finished or failed, here or by other workers.
 
@@ -56,6 +65,7 @@ def work(
         should_stop: polled between cells and at every report.
         pack: which cells train together, then always in llamax's own loop (see packing.py).
         workers: how many share the study, for the size of a population.
+        job: the processes of this worker, of which this is the leader: it tells the others each cell.
 
     Returns:
         `{"done": [...], "failed": [...]}`, the cells this call brought to an end.
@@ -63,8 +73,10 @@ def work(
     Raises:
         UserError: `study` is no study, or a name of `only` no cell.
         KeyboardInterrupt: interrupted; the lease is released and the same call continues.
+        SystemExit: one of several processes, and the cell failed or was lost: all are to be started again.
     """
-    study, emit = Path(study), on_event or _silent
+    study, emit = at_hand(study), on_event or _silent
+    poll = POLL_SECONDS if address_of(study) is None else BUCKET_POLL_SECONDS
     names = None if only is None else list(only)
     ended: dict[str, list[str]] = {"done": [], "failed": []}
     if retry_failed:
@@ -73,6 +85,7 @@ def work(
     group = _grouped(study, pack, workers)
     waiting = False
     while True:
+        refresh(study, float("inf"))
         plan = read_study(study)
         todo = [c for c in select(plan, names) if not is_settled(study, c)]
         if not todo:
@@ -87,16 +100,23 @@ def work(
             if not waiting:
                 emit("waiting", todo[0].name, {"cells": len(todo)})
             waiting = True
-            time.sleep(POLL_SECONDS)
+            time.sleep(poll)
             continue
         waiting = False
         with ExitStack() as leases:
-            for lease, _ in held:
+            for lease, cell in held:
                 leases.enter_context(lease)
-            outcomes = train_cells(study, held, run, emit, should_stop)
+                job.agree(cell.name)
+            try:
+                outcomes = train_cells(study, held, run, emit, should_stop)
+            except StorageError as error:
+                print(f"waiting: {error}", file=sys.stderr, flush=True)
+                outcomes = ["away"] * len(held)
         for (_, cell), outcome in zip(held, outcomes, strict=True):
             if outcome in ended:
                 ended[outcome].append(cell.name)
+        if job.count > 1 and outcomes != ["done"]:
+            sys.exit(AGAIN)
 
 
 def default_train(one_cpu: bool = False) -> Train:
@@ -127,6 +147,8 @@ def _claim_next(study: Path, todo: Sequence[Cell], lease_seconds: float, group: 
         held: list[tuple[Lease, Cell]] = []
         for mate in mates:
             lease = claim(study, mate.name, lease_seconds=lease_seconds) if len(held) < size else None
+            if lease is not None:
+                refresh(study)
             if lease is not None and is_settled(study, mate):  # it ended between the look and the claim
                 lease.release()
             elif lease is not None:
@@ -156,7 +178,11 @@ def _silent(kind: str, cell: str, details: dict[str, Any]) -> None:
 
 # ---------------------------------------------------------------- the process
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m llamax.sweep.worker STUDY`: exit code 0 all settled, 143 asked to stop, 2 bad input."""
+    """`python -m llamax.sweep.worker STUDY`.
+
+    Exit code 0: all settled; 143: asked to stop, saved; 3: to be started again; 75: another process of this worker
+    died; 2: bad input.
+    """
     gc.set_threshold(100_000)  # as the command line does
     parser = argparse.ArgumentParser(prog="python -m llamax.sweep.worker", description="Train the cells of a study.")
     parser.add_argument("study", type=Path)
@@ -174,25 +200,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         die_with(args.parent, lambda: os.kill(os.getpid(), signal.SIGTERM))
     if args.cores:
         pin([int(core) for core in args.cores.split(",")])
-    only = args.only.split(",") if args.only else None
     try:
-        pack = NEVER if args.train else parse_pack(args.pack)
-        train = _named(args.train) if args.train else default_train(_simulate_devices(args.study, pack, args.workers))
-        work(
-            args.study,
-            train=train,
-            only=only,
-            retry_failed=args.retry_failed,
-            should_stop=lambda: bool(stopping),
-            pack=pack,
-            workers=args.workers,
-        )
+        plan = find_processes()
+        facts = {} if plan is None else {"the study": str(args.study), **versions()}
+        with start_processes(plan, facts) as job:
+            return _run(args, Crew(job, stopping))
     except KeyboardInterrupt:
-        return 143
+        return ASKED
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    return 0
+
+
+def _run(args: argparse.Namespace, crew: Crew) -> int:
+    """This process's part until nothing is left, or until it is asked to stop: the exit code."""
+    several = crew.job.count > 1
+    pack = NEVER if args.train or several else parse_pack(args.pack)
+    train = _named(args.train) if args.train else default_train(_simulate_devices(args.study, pack, args.workers))
+    if not crew.job.leader:
+        return crew.follow(args.study, train)
+    try:
+        work(
+            args.study,
+            train=crew.trains(train),
+            only=args.only.split(",") if args.only else None,
+            retry_failed=args.retry_failed,
+            should_stop=crew.should_stop,
+            pack=pack,
+            workers=args.workers,
+            job=crew.job,
+        )
+    except Stopped:
+        return crew.job.agree(ASKED)
+    return crew.job.agree(0)
 
 
 def _simulate_devices(study: Path, pack: Pack, workers: int) -> bool:

@@ -31,7 +31,9 @@ import numpy as np
 
 from llamax.config.run import CheckpointConfig
 from llamax.errors import UserError
-from llamax.train.digests import Damaged, verify_digests, write_digests
+from llamax.mesh.job import ALONE, Job
+from llamax.storage.copies import fill
+from llamax.train.digests import Damaged, read_note, verify_digests, write_digests
 from llamax.train.files import disk_cause, sync_folder
 from llamax.train.run_dir import CHECKPOINTS
 
@@ -58,8 +60,8 @@ class Checkpoints:
     """The checkpoints of the run this process trains. One process at a time: it holds the run directory's lock.
 
     Saving returns as soon as the arrays are safe from the caller, who may donate them at once; the rest happens behind
-    the loop. A failure there is raised by the next `save`, `wait` or `close`. With several JAX processes all call
-    every method alike, on a shared file system.
+    the loop. A failure there is raised by the next `save`, `wait` or `close`. The processes of a job all call every
+    method alike, on a shared file system, but for `due`: the leader asks it and the others are told.
     """
 
     def __init__(
@@ -69,9 +71,10 @@ class Checkpoints:
         *,
         on_warning: Warn = warnings.warn,
         clock: Callable[[], float] = time.monotonic,
+        job: Job = ALONE,
     ) -> None:
         self._directory, self._config = Path(directory).absolute(), config  # Orbax refuses relative paths
-        self._warn, self._clock = on_warning, clock
+        self._warn, self._clock, self._processes = on_warning, clock, job
         self._last = clock()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._job: Future[None] | None = None
@@ -88,7 +91,7 @@ class Checkpoints:
         if self._config.every_seconds is None:
             return None
         waited = self._clock() - self._last >= self._config.every_seconds and (self._job is None or self._job.done())
-        return "temporary" if _agreed(int(waited)) else None
+        return "temporary" if waited else None
 
     def save(self, step: int, state: Any, meta: dict[str, Any], permanent: bool) -> None:
         """Start saving `state` (any pytree of arrays, PRNG keys included) and `meta` (JSON data) as `step`.
@@ -107,7 +110,7 @@ class Checkpoints:
         note = json.loads(json.dumps(note))  # the caller may go on changing meta
         work = self._directory / f"{step}.saving"
         with self._in_words(work):
-            if _primary():
+            if self._processes.leader:
                 self._directory.mkdir(parents=True, exist_ok=True)
                 shutil.rmtree(work, ignore_errors=True)
             self._writer.save(work / "state", args=_orbax().args.PyTreeSave(_stored(arrays)))
@@ -124,11 +127,11 @@ class Checkpoints:
             UserError: there are checkpoints and none is good, or they hold other arrays than asked for.
         """
         self.wait()
-        if _primary():
+        if self._processes.leader:
             for path in self._directory.glob("*"):
                 if path.suffix in (".saving", ".deleting"):
                     shutil.rmtree(path, ignore_errors=True)
-        restored = _restore(self._directory, abstract_state, self._warn)
+        restored = _restore(self._directory, abstract_state, self._warn, job=self._processes)
         if restored is None:
             return None
         checkpoint, state, meta = restored
@@ -166,7 +169,7 @@ class Checkpoints:
         try:
             with self._in_words(work):
                 self._writer.wait_until_finished()
-                if not _primary():
+                if not self._processes.leader:
                     return
                 write_digests(work, note)
                 final = self._directory / (str(step) if permanent else f"{step}.temporary")
@@ -182,7 +185,7 @@ class Checkpoints:
 
     def _make_permanent(self, step: int) -> None:
         temporary, final = self._directory / f"{step}.temporary", self._directory / str(step)
-        if _primary() and not self._good[step]:
+        if self._processes.leader and not self._good[step]:
             with self._in_words(temporary):
                 _remove(final)  # only a damaged one can be there
                 os.replace(temporary, final)
@@ -239,52 +242,45 @@ def load_params(run_dir: Path, abstract_model: T, step: int | None = None, *, on
 
 
 def _restore(
-    directory: Path, abstract: T, warn: Warn, step: int | None = None
+    directory: Path, abstract: T, warn: Warn, step: int | None = None, job: Job = ALONE
 ) -> tuple[Found, T, dict[str, Any]] | None:
     """(checkpoint, state, meta) of the newest good one, or of that of `step`."""
-    found = _newest_good(directory, warn, step)
+    found = _newest_good(directory, warn, step, job)
     return None if found is None else (found[0], _read(found[0].path, abstract, found[1]), found[1]["meta"])
 
 
 # ---------------------------------------------------------------- choosing
-def _newest_good(directory: Path, warn: Warn, step: int | None = None) -> tuple[Found, dict[str, Any]] | None:
-    """The newest checkpoint that verifies, with its note; the primary process looks and the others follow."""
+def _newest_good(
+    directory: Path, warn: Warn, step: int | None = None, job: Job = ALONE
+) -> tuple[Found, dict[str, Any]] | None:
+    """The newest checkpoint that verifies, with its note; the leader of a job looks and the others follow."""
+    if not job.leader:
+        chosen: Any = job.agree(None)
+        if chosen is None:
+            return None
+        item = Found(chosen[0], chosen[1], directory / chosen[2])
+        return item, read_note(item.path)
     found = [item for item in find_checkpoints(directory) if step is None or item.step == step]
     bad: list[str] = []
     good: tuple[Found, dict[str, Any]] | None = None
-    for item in found if _primary() else []:
+    for item in found:
+        fill(item.path)
         try:
             good = item, verify_digests(item.path)
             break
         except Damaged as damage:
             if not item.path.exists():  # read while the run trains: a newer one has just taken its place
-                return _newest_good(directory, warn, step)
+                return _newest_good(directory, warn, step, job)
             bad.append(f"{item.path.name}: {damage}")
-    chosen = _agreed(good[0].step if good else -2 if found else -1)
-    if chosen == -2:
+    if found and good is None:
         raise UserError(
             f"{directory}: no checkpoint can be restored ({'; '.join(bad)}); "
             "put the files back from a copy, or delete the folder to start from step 0"
         )
-    for text in bad:
-        warn(f"{directory}: checkpoint {text}; using step {chosen} instead")
-    if chosen >= 0 and good is None:  # a process that follows
-        item = next(item for item in found if item.step == chosen)
-        good = item, verify_digests(item.path)
+    job.agree(None if good is None else [good[0].step, good[0].permanent, good[0].path.name])
+    for text in bad if good else []:
+        warn(f"{directory}: checkpoint {text}; using step {good[0].step} instead")  # type: ignore[index]
     return good
-
-
-def _primary() -> bool:
-    return jax.process_index() == 0
-
-
-def _agreed(value: int) -> int:
-    """The primary process's value, in every process."""
-    if jax.process_count() == 1:
-        return value
-    from jax.experimental import multihost_utils
-
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def _remove(path: Path) -> None:

@@ -35,7 +35,7 @@ def verify_digests(folder: Path) -> dict[str, Any]:
     Raises:
         Damaged: a missing, shorter, longer or changed file, or an unreadable or changed `digests.json`.
     """
-    body = _read(folder)
+    body = read_note(folder)
     files = body.pop("files")
 
     def check(name: str) -> str | None:
@@ -55,7 +55,8 @@ def verify_digests(folder: Path) -> dict[str, Any]:
     return body
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def read_note(folder: Path) -> dict[str, Any]:
+    """The content of `digests.json`, found to be as written; the files are not looked at. Raises Damaged."""
     path = folder / DIGESTS
     try:
         document = json.loads(path.read_bytes())

@@ -12,6 +12,7 @@ from typing import Any
 
 PACKAGES = ("llamax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
+MACHINES = ("LLAMAX_COORDINATOR", "LLAMAX_BIND", "LLAMAX_PROCESS")  # they name one
 DIFF_LIMIT = 64 * 1024  # characters
 
 
@@ -21,9 +22,13 @@ def environment() -> dict[str, Any]:
         "versions": versions(),
         "platform": {"system": platform.system(), "machine": platform.machine(), "cpus": os.cpu_count()},
         "devices": devices(),
-        "flags": {name: os.environ[name] for name in sorted(os.environ) if name in FLAGS or name.startswith("LLAMAX_")},
+        "flags": {name: os.environ[name] for name in sorted(os.environ) if name in FLAGS or _ours(name)},
         "git": git_state(Path(__file__)),
     }
+
+
+def _ours(name: str) -> bool:
+    return name.startswith("LLAMAX_") and name not in MACHINES
 
 
 @functools.cache

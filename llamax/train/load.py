@@ -18,6 +18,7 @@ from llamax.errors import UserError
 from llamax.mesh.rules import batch_sharding, batch_ways, load_rules, make_mesh, shardings
 from llamax.mesh.start import start
 from llamax.model.transformer import Transformer
+from llamax.storage.copies import at_hand
 from llamax.train.axes import check_axes
 from llamax.train.checkpoints import load_params
 from llamax.train.evaluate import evaluate
@@ -34,7 +35,7 @@ def load_run(run_dir: str | Path, *, step: int | None = None) -> tuple[Transform
     Raises:
         UserError: not a run, or no good checkpoint.
     """
-    path = Path(run_dir)
+    path = at_hand(run_dir)
     if not is_run(path):
         raise UserError(f"{path}: not a run directory (no config.yaml); give the --run-dir of a training run")
     config = read_config(path)

@@ -1,44 +1,46 @@
-"""The loop: one run from its config to its result, resumable anywhere.
+"""The loop: one run from its config to its result, resumable anywhere, by one process or several.
 
-Everything with an effect is here: the run directory, checkpoints, the clock. The step itself is in step.py.
+Everything with an effect is here: the run directory, checkpoints, the clock. The step itself is in step.py, the numbers
+that are written in record.py, and what several processes must agree on in mesh/job.py.
 """
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
-from llamax.accounting.bits import bits_per_byte
 from llamax.accounting.horizon import Horizon, horizon
-from llamax.accounting.params import count_params
-from llamax.accounting.peaks import mfu
 from llamax.config.run import RunConfig
-from llamax.data.batches import TrainBatches, eval_batches
+from llamax.data.batches import TrainBatches
 from llamax.errors import Interrupted
+from llamax.mesh.job import ALONE, Job
 from llamax.mesh.rules import batch_sharding
 from llamax.mesh.start import start
 from llamax.train.branch import check_trunk, first_state
 from llamax.train.checkpoints import Checkpoints
 from llamax.train.evaluate import evaluate
+from llamax.train.goodput import Spent, carried
+from llamax.train.mirror import stage
 from llamax.train.population import Answer, Ask, Coroutine, Seat, alone, whole
 from llamax.train.precision import Precision, begun_with, with_dtype
 from llamax.train.progress import Progress
+from llamax.train.record import Record
 from llamax.train.rows import plain
-from llamax.train.run_dir import Run, open_run
-from llamax.train.setup import Common, batches_of, dispatch_shapes, load_dispatch, notes, share
+from llamax.train.run_dir import Run, open_run, read_time
+from llamax.train.setup import Common, batches_of, dispatch_shapes, held_out, load_dispatch, notes, share
 from llamax.train.signals import StopRequest, stop_signals
 from llamax.train.state import TrainState
 from llamax.train.step import Batch, Dispatch, execution_of, make_dispatch
 
 SECONDS_PER_DISPATCH = 1.0  # a dispatch is cut to about this, so that a signal is answered and progress is seen
+TIME_SECONDS = 10.0  # between two records of where the time went: so much a kill can leave out
 
 Report = Callable[[Progress], None]
 Signals = Callable[[], AbstractContextManager[StopRequest]]
@@ -46,28 +48,38 @@ Pending = tuple[int, dict[str, Any], Any]  # first step, metrics, steps run: sti
 
 
 def train(
-    config: RunConfig, run_dir: Path, *, report: Report | None = None, devices: list[jax.Device] | None = None
+    config: RunConfig,
+    run_dir: str | Path,
+    *,
+    report: Report | None = None,
+    devices: list[jax.Device] | None = None,
+    job: Job = ALONE,
 ) -> dict[str, Any]:
     """Train to the horizon, or resume to it, and return what result.json holds.
 
     A finished run returns its stored result. On the same mesh an interrupted and resumed run gives the numbers of an
     uninterrupted one bit for bit. SIGTERM or Ctrl-C saves a checkpoint and raises `Interrupted`. `devices` are those
-    of the mesh (None: all).
+    of the mesh (None: all). The processes of a `job` (mesh/job.py) all call this with the same arguments; `run_dir` is
+    on a file system that they share, and a signal to any of them stops all.
 
     Raises:
         UserError: data, mesh or run directory do not fit the config.
         Interrupted: a signal asked to stop; the same call resumes.
     """
+    spent = Spent()
     start()
-    chosen = begun_with(config, run_dir, jax.devices() if devices is None else devices)
-    common = share(config, devices)
+    run_dir = stage(run_dir, config.branch, job)
+    chosen = Precision(*job.agree(begun_with(config, run_dir, jax.devices() if devices is None else devices)))
+    common = share(config, devices, job)
     with ThreadPoolExecutor(1, "compile") as beside:  # XLA compiles on the cores that restoring leaves idle
         program: list[Future[Dispatch]] = []
 
         def begin() -> None:
             program.append(beside.submit(compile_dispatch, with_dtype(config, chosen.dtype), common))
 
-        run = run_steps(config, run_dir, common, chosen, report=report, signals=stop_signals, begin=begin)
+        run = run_steps(
+            config, run_dir, common, chosen, report=report, signals=stop_signals, begin=begin, job=job, spent=spent
+        )
         return alone(run, lambda: program[0].result())
 
 
@@ -86,18 +98,31 @@ def run_steps(
     report: Report | None,
     signals: Signals,
     begin: Callable[[], None] = lambda: None,
+    job: Job = ALONE,
+    spent: Spent | None = None,
 ) -> Coroutine:
     """`train` as a coroutine, which asks for its dispatches instead of running them (see population.py).
 
-    `begin` is called before anything slow once there are steps to run, as far as checkpoints' names tell.
+    `begin` is called before anything slow once there are steps to run, as far as checkpoints' names tell; `spent`
+    accounts for the time, from now on where there is none yet.
     """
-    check_trunk(config, run_dir)
-    batches = batches_of(config, common.store)
-    with open_run(run_dir, config, common.store.fingerprint, chosen._asdict()) as run:
-        if run.result is not None:
-            return run.result
-        session = _Session(config, horizon(config), run, common, batches, chosen, report or _silent)
+    spent = spent or Spent()
+    if job.leader:
+        check_trunk(config, run_dir)
+    with open_run(run_dir, config, common.store.fingerprint, chosen._asdict(), writer=job.leader) as run:
+        if (result := job.agree(run.result if job.leader else None)) is not None:
+            return result
+        batches = batches_of(config, common)
+        session = _Session(config, horizon(config), run, common, batches, chosen, report or _silent, job, spent)
         return (yield from session.run(signals, begin))
+
+
+class _Next(NamedTuple):
+    """What the leader decided between two dispatches."""
+
+    steps: int  # of the next dispatch
+    save: str | None  # the kind of checkpoint to save first
+    signal: str | None  # that asks to stop
 
 
 class _Session:
@@ -112,14 +137,14 @@ class _Session:
         batches: TrainBatches,
         chosen: Precision,
         report: Report,
+        job: Job,
+        spent: Spent,
     ):
         self.hash, self.asked = config.hash8, config.train.compute_dtype
         self.config, self.chosen = with_dtype(config, chosen.dtype), chosen
-        self.run_dir, self.batches, self.report = run, batches, report
+        self.run_dir, self.batches, self.report, self.job = run, batches, report, job
         self.common, self.store, self.rules, self.mesh = common, common.store, common.rules, common.mesh
-        self.horizon = length
-        self.tokens_per_step = config.train.batch_size * config.train.seq_len
-        self.flops_per_token = {name: total / self.horizon.tokens for name, total in self.horizon.flops.items()}
+        self.horizon, self.record = length, Record(self.config, length, common, batches)
         self.clock = time.perf_counter()
         self.seconds_before = 0.0
         self.fetched_at = (0, self.clock)  # (step, clock) of the newest metrics on the host
@@ -128,13 +153,15 @@ class _Session:
         self.train_seconds = 0.0
         self.train_steps = 0
         self.data_seconds = 0.0  # in which the device may have waited for batches
+        self.spent, self.time_logged = spent, self.clock
 
     # ------------------------------------------------------------ the run, top to bottom
     def run(self, signals: Signals, begin: Callable[[], None]) -> Coroutine:
         """Restore, compile, train, evaluate, finish."""
         steps = self.horizon.steps
         begin()
-        with Checkpoints(self.run_dir.path / "checkpoints", self.config.checkpoint, on_warning=_warn) as checkpoints:
+        directory, how = self.run_dir.path / "checkpoints", self.config.checkpoint
+        with Checkpoints(directory, how, on_warning=self._warn, job=self.job) as checkpoints:
             self._progress(0, "restore")
             state: TrainState | Seat
             state, step, cause = self._restore(checkpoints)
@@ -143,32 +170,39 @@ class _Session:
                 self._progress(step, "compile")
                 self._say_choices()
                 batches = self._load(step, None)
-                state = (yield Ask(state, batches, 0)).state
+                with self.spent.on("compile"):
+                    state = (yield Ask(state, batches, 0)).state
             with signals() as stop:
+                self.run_dir.watch(lambda: bool(stop))
                 if left:
                     state, cause = yield from self._train(state, step, batches, checkpoints, stop)
                 final = whole(state)
                 step = int(final.step)
                 self._save(checkpoints, step, final, permanent=True, cause=cause)
                 found = self._evaluate(final, step, stop)
-                checkpoints.wait()
-                if found is None:
-                    raise Interrupted(stop.signal or "", step)
-                loss, tokens = found
-            result = self._result(step, cause, int(final.skipped), loss, tokens)
-            result = plain(result)
+                with self.spent.on("checkpoint"):
+                    checkpoints.wait()
+                if isinstance(found, str):
+                    self._log_time(step)
+                    raise Interrupted(found, step)
+            result = plain(self._result(step, cause, int(final.skipped), *found))
+            self._log_time(step)
             self.run_dir.finish(result)
         self._progress(step, "done")
         return result
 
     def _restore(self, checkpoints: Checkpoints) -> tuple[TrainState, int, str | None]:
         """(state, steps tried, cause of divergence) to continue from."""
+        last, began = read_time(self.run_dir.path), time.time() - sum(self.spent.seconds().values())
         found = checkpoints.restore(self.common.abstract)
         if found is None:
             step, state = first_state(self.config, self.run_dir.path, self.common)
+            if last is not None:
+                self.spent.resume(carried({}, last, began))
             self.run_dir.rewind(step)
             return state, step, None
         step, state, meta = found
+        self.spent.resume(carried(meta.get("spent", {}), last, began))
         self.seconds_before, self.loss = float(meta.get("seconds", 0.0)), meta.get("loss")
         self.data_seconds = float(meta.get("data_seconds", 0.0))
         self.run_dir.rewind(step, meta.get("newest"))
@@ -179,44 +213,55 @@ class _Session:
     ) -> Generator[Ask, Answer, tuple[TrainState | Seat, str | None]]:
         """Dispatch until the horizon, one dispatch ahead of the metrics; (state, cause of divergence)."""
         steps, cause = self.horizon.steps, None
+        self.spent.now("step")
+        self._log_time(step)
         if self._evaluation_due(step):  # a checkpoint is saved before its evaluation, which may not have ended
             self._evaluate(whole(state), step, stop)
         self.fetched_at = (step, time.perf_counter())
         pending: Pending | None = None
+        follows = self._next(step, None, stop)
         while step < steps and cause is None:
-            state, metrics, ran, count = yield Ask(state, batches, self._count(step))
+            state, metrics, ran, count = yield Ask(state, batches, follows.steps)
             previous, pending = pending, (step, metrics, ran)
             step += count
             batches = self._load(step, ran) if step < steps else batches
             cause = self._fetch(previous)
-            save = checkpoints.due(step) if step < steps else None
-            if cause is not None or not (self._evaluation_due(step) or save or stop):
+            if cause is not None:
+                continue
+            follows = self._next(step, checkpoints.due(step) if self.job.leader and step < steps else None, stop)
+            if not (self._evaluation_due(step) or follows.save or follows.signal):
                 continue
             cause, pending = self._fetch(pending), None
             if cause is None:
-                self._pause(whole(state), step, save, checkpoints, stop)
+                self._pause(whole(state), step, follows, checkpoints, stop)
                 self.fetched_at = (step, time.perf_counter())
         cause = cause or self._fetch(pending)
         return state, cause
 
-    def _pause(
-        self, state: TrainState, step: int, save: str | None, checkpoints: Checkpoints, stop: StopRequest
-    ) -> None:
+    def _pause(self, state: TrainState, step: int, follows: _Next, checkpoints: Checkpoints, stop: StopRequest) -> None:
         """Between two dispatches: save, evaluate, and end here if a signal asks for it."""
-        if save:
-            self._save(checkpoints, step, state, permanent=save == "permanent")
-        if self._evaluation_due(step) and not stop:
-            self._evaluate(state, step, stop)
-        if stop.signal:
+        signal = follows.signal
+        if follows.save:
+            self._save(checkpoints, step, state, permanent=follows.save == "permanent")
+        if self._evaluation_due(step) and not signal:
+            found = self._evaluate(state, step, stop)
+            signal = found if isinstance(found, str) else None
+        if signal:
             self._save(checkpoints, step, state, permanent=False)
-            checkpoints.wait()
-            raise Interrupted(stop.signal, step)
+            with self.spent.on("checkpoint"):
+                checkpoints.wait()
+            self._log_time(step)
+            raise Interrupted(signal, step)
 
     # ------------------------------------------------------------ pieces
     def _say_choices(self) -> None:
         """What the config left to the machine, and what the mesh costs."""
         for note in notes(self.asked, self.chosen, self.config, self.mesh):
-            print(f"note: {note}", file=sys.stderr)
+            self._say(f"note: {note}")
+
+    def _next(self, step: int, save: str | None, stop: StopRequest) -> _Next:
+        """What comes after `step`, as the leader sees it: clocks and signals of the others are not asked."""
+        return _Next(*self.job.agree(_Next(self._count(step), save, self.job.wish(stop.signal))))
 
     def _count(self, step: int) -> int:
         """How many steps the next dispatch takes: up to the next boundary, and to about SECONDS_PER_DISPATCH.
@@ -247,7 +292,9 @@ class _Session:
         capacity, place = self.config.train.steps_per_dispatch, batch_sharding(self.rules, self.mesh, leading=1)
         loaded = load_dispatch(self.batches, step, self.horizon.steps, capacity, place)
         if running is None or running.is_ready():
-            self.data_seconds += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self.data_seconds += seconds
+            self.spent.take("data", seconds)
         return loaded
 
     def _fetch(self, pending: Pending | None) -> str | None:
@@ -263,103 +310,56 @@ class _Session:
         elapsed = max(now - then, 1e-9)
         self.train_seconds, self.train_steps = self.train_seconds + elapsed, self.train_steps + first + count - before
         self.fetched_at = (first + count, now)
-        rate = (first + count - before) * self.tokens_per_step / elapsed
-        rows = [self._row(first + i + 1, {k: float(v[i]) for k, v in metrics.items()}, rate) for i in range(count)]
+        self.rate = (first + count - before) * self.record.tokens_per_step / elapsed
+        values = [{k: float(v[i]) for k, v in metrics.items()} for i in range(count)]
+        rows = [self.record.row(first + i + 1, v, self.rate, self._seconds()) for i, v in enumerate(values)]
         every, last = self.config.log.every_steps, self.horizon.steps
         self.run_dir.log([r for r in rows if r["step"] % every == 0 or r["step"] in (1, last) or r["bad"]])
-        self.loss, self.rate = rows[-1]["loss"], rate
+        self.loss = rows[-1]["loss"]
+        if now - self.time_logged > TIME_SECONDS:
+            self._log_time(first + count)
         self._progress(first + count, "train")
-        return self._diverged(rows[-1]) if self.config.train.on_divergence == "stop" else None
+        return self.record.diverged(rows[-1]) if self.config.train.on_divergence == "stop" else None
 
-    def _diverged(self, row: dict[str, Any]) -> str | None:
-        """Why this row's step was refused, or None; the limit is the step's own, seen in whether weights moved."""
-        if not math.isfinite(row["loss"]):
-            return f"loss is {row['loss']} at step {row['step']}"
-        if not math.isfinite(row["grad_norm"]):
-            return f"gradient norm is {row['grad_norm']} at step {row['step']}"
-        if row["bad"]:
-            return (
-                f"loss {row['loss']:.4f} at step {row['step']} exceeds train.divergence_factor="
-                f"{self.config.train.divergence_factor:g} x the running average"
-            )
-        return None
-
-    def _row(self, step: int, metrics: dict[str, float], rate: float) -> dict[str, Any]:
-        tokens = step * self.tokens_per_step
-        row: dict[str, Any] = {
-            "step": step,
-            "tokens": tokens,
-            **metrics,
-            "tokens_per_second": rate,
-            "seconds": self._seconds(),
-        }
-        row |= {f"flops_{name}": per_token * tokens for name, per_token in self.flops_per_token.items()}
-        device = self.mesh.devices.flat[0].device_kind
-        found = mfu(self.flops_per_token["causal"] * rate, device, self.mesh.size, self.config.train.compute_dtype)
-        return (
-            row
-            if found is None
-            else {**row, "mfu": found.fraction, "mfu_convention": "causal", "mfu_peak": found.peak_flops_per_second}
-        )
-
-    def _evaluate(self, state: TrainState, step: int, stop: StopRequest) -> tuple[float, int] | None:
-        """(loss, tokens) of the held-out split, logged to evals.jsonl; None if a signal cut it short."""
+    def _evaluate(self, state: TrainState, step: int, stop: StopRequest) -> tuple[float, int] | str:
+        """(loss, tokens) of the held-out split, logged to evals.jsonl; or the signal that cut it short."""
         self._progress(step, "eval")
-        train = self.config.train
-        place = batch_sharding(self.rules, self.mesh)
+        train, signals = self.config.train, [self._signal(stop)]
 
-        def placed() -> Iterator[dict[str, jax.Array]]:
-            for batch in eval_batches(
-                self.store,
-                batch_size=train.batch_size,
-                seq_len=train.seq_len,
-                max_tokens=self.config.data.eval_tokens,
-                mask_documents=self.config.data.mask_documents,
-            ):
-                if stop:
+        def batches() -> Iterator[dict[str, jax.Array]]:
+            for batch in held_out(self.config, self.common, self.batches.rows):
+                signals.append(self._signal(stop))
+                if signals[-1]:
                     return
-                yield {name: jax.make_array_from_process_local_data(place, a) for name, a in batch.items()}
+                yield batch
 
-        execution = execution_of(self.config, self.rules, self.mesh)
-        loss, tokens = evaluate(state.model, placed(), loss_chunk=train.loss_chunk, execution=execution)
-        if stop:
-            return None
-        row = {"step": step, "tokens": step * self.tokens_per_step, "loss": loss, "eval_tokens": tokens}
-        self.run_dir.log_eval({**row, "bits_per_byte": self._bits_per_byte(loss), "seconds": self._seconds()})
+        with self.spent.on("evaluation"):
+            execution = execution_of(self.config, self.rules, self.mesh)
+            loss, tokens = evaluate(state.model, batches(), loss_chunk=train.loss_chunk, execution=execution)
+        if signals[-1]:
+            return signals[-1]
+        self.run_dir.log_eval(self.record.evaluation(step, loss, tokens, self._seconds()))
         return loss, tokens
 
-    def _bits_per_byte(self, loss: float) -> float:
-        return bits_per_byte(loss, self.store.tokens("held_out"), self.store.bytes("held_out"))
+    def _signal(self, stop: StopRequest) -> str | None:
+        return self.job.agree(self.job.wish(stop.signal))
 
     def _result(self, step: int, cause: str | None, skipped: int, loss: float, tokens: int) -> dict[str, Any]:
-        params = count_params(self.config.model)
-        seen = step * self.tokens_per_step
+        rate = self.train_steps * self.record.tokens_per_step / self.train_seconds if self.train_seconds else None
         return {
-            "status": "diverged" if cause else "done",
-            "cause": cause,
             "name": self.run_dir.path.name,
             "hash": self.hash,
-            "compute_dtype": self.chosen.dtype,
-            "steps": step,
+            **self.record.result(step, cause, loss, tokens),
             "skipped_steps": skipped,
-            "tokens": seen,
             "train_loss": self.loss,
-            "eval_loss": loss,
-            "eval_bits_per_byte": self._bits_per_byte(loss),
-            "eval_tokens": tokens,
-            "params_total": params.total,
-            "params_active": params.active,
-            "n": params.active_matmul,
-            **{f"flops_{name}": per_token * seen for name, per_token in self.flops_per_token.items()},
             "seconds": self._seconds(),
             "data_seconds": self.data_seconds,
-            "tokens_per_second": self.train_steps * self.tokens_per_step / self.train_seconds
-            if self.train_seconds
-            else None,
-            "unique_tokens": self.batches.unique_tokens(step),
-            "epochs": self.batches.epochs(step),
-            "fingerprint": self.store.fingerprint,
+            "tokens_per_second": rate,
         }
+
+    def _log_time(self, step: int) -> None:
+        self.time_logged = time.perf_counter()
+        self.run_dir.log_time(step, self.spent.seconds())
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.clock
@@ -368,30 +368,26 @@ class _Session:
         self, checkpoints: Checkpoints, step: int, state: TrainState, *, permanent: bool, cause: str | None = None
     ) -> None:
         """Start a checkpoint, with what the next process needs besides the state."""
-        self.run_dir.sync()
-        meta: dict[str, Any] = {"seconds": self._seconds(), "data_seconds": self.data_seconds, "loss": self.loss}
-        meta |= {"cause": cause, "newest": self.run_dir.newest, "fingerprint": self.store.fingerprint}
-        checkpoints.save(step, state, meta, permanent)
+        with self.spent.on("checkpoint"):
+            self.run_dir.sync()
+            meta: dict[str, Any] = {"seconds": self._seconds(), "data_seconds": self.data_seconds, "loss": self.loss}
+            meta |= {"cause": cause, "newest": self.run_dir.newest, "fingerprint": self.store.fingerprint}
+            checkpoints.save(step, state, {**meta, "spent": self.spent.seconds()}, permanent)
+            self._log_time(step)
 
     def _progress(self, step: int, phase: str) -> None:
-        rate = self.rate
-        left = (self.horizon.steps - step) * self.tokens_per_step / rate if rate else None
-        self.report(
-            Progress(
-                step=step,
-                steps=self.horizon.steps,
-                tokens=step * self.tokens_per_step,
-                loss=self.loss,
-                tokens_per_second=rate,
-                seconds_left=left,
-                phase=phase,
-            )
-        )
+        rate, tokens = self.rate, self.record.tokens_per_step
+        left = (self.horizon.steps - step) * tokens / rate if rate else None
+        done: dict[str, Any] = {"step": step, "steps": self.horizon.steps, "tokens": step * tokens, "phase": phase}
+        self.report(Progress(**done, loss=self.loss, tokens_per_second=rate, seconds_left=left))
+
+    def _say(self, text: str) -> None:
+        if self.job.leader:
+            print(text, file=sys.stderr)
+
+    def _warn(self, text: str) -> None:
+        self._say(f"warning: {text}")
 
 
 def _silent(progress: Progress) -> None:
     pass
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)

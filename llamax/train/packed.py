@@ -13,6 +13,7 @@ from llamax.config.run import RunConfig
 from llamax.errors import Interrupted, UserError
 from llamax.mesh.start import start
 from llamax.train.loop import run_steps
+from llamax.train.mirror import stage
 from llamax.train.population import Population, together
 from llamax.train.precision import begun_with, with_dtype
 from llamax.train.progress import Progress
@@ -48,6 +49,7 @@ def train_packed(
     if not fits_one_device(configs[0]) or jax.process_count() > 1:
         raise UserError("a member of a population is whole on one device of one process; train these runs alone")
     devices = (jax.devices() if devices is None else devices)[: len(configs)]
+    run_dirs = [stage(path, config.branch) for path, config in zip(run_dirs, configs, strict=True)]
     chosen = [begun_with(config, path, devices) for config, path in zip(configs, run_dirs, strict=True)]
     if len({each.dtype for each in chosen}) > 1:
         raise UserError("these runs began with different types of operands (env.json, precision); train them alone")

@@ -105,7 +105,7 @@ class _Session:
         self.config = config = with_dtype(config, dtype)
         self.capacity = config.train.steps_per_dispatch
         self.setup = share(config)
-        self.batches = batches_of(config, self.setup.store)
+        self.batches = batches_of(config, self.setup)
         self.place = batch_sharding(self.setup.rules, self.setup.mesh, leading=1)
         report("restore", 0, 1)
         self.state, self.first, self.weights = _start(config, run, self.setup)

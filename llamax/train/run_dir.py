@@ -4,7 +4,9 @@
     metrics.jsonl   one row a logged step        evals.jsonl    one row an evaluation
     checkpoints/    see checkpoints.py           result.json    written once, last; its presence means done
     tokenizer/      the tokenizer files of an imported model
-    lock            held by the process that trains; the operating system releases it however the process ends
+    time.json       where the time went so far, as of the last sign of life (goodput.py)
+    lock            held by the process that trains (lock.py)
+    leases/         in its place where the run is in a bucket (mirror.py)
 
 Every file is whole or absent at any moment, except that a crash may cut the last line of a .jsonl file.
 """
@@ -12,10 +14,10 @@ Every file is whole or absent at any moment, except that a crash may cut the las
 from __future__ import annotations
 
 import datetime
-import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,17 +28,19 @@ from llamax.config.run import IDENTITY, RunConfig
 from llamax.errors import UserError
 from llamax.train.env import environment
 from llamax.train.files import write_atomic, writing
+from llamax.train.lock import locked
+from llamax.train.mirror import Mirror, mirrored
 from llamax.train.rows import append_rows, drop_rows_after, plain, read_rows, repair_tail
 
-CONFIG, ENV, RESULT, LOCK = "config.yaml", "env.json", "result.json", "lock"
+CONFIG, ENV, RESULT, TIME = "config.yaml", "env.json", "result.json", "time.json"
 METRICS, EVALS, CHECKPOINTS, TOKENIZER = "metrics.jsonl", "evals.jsonl", "checkpoints", "tokenizer"
 
 
 class Run:
-    """An open run directory. `writer` is False in all but the first of several JAX processes: they write nothing."""
+    """An open run directory. `writer` is False in all but the leader of a job: they write nothing."""
 
-    def __init__(self, path: Path, writer: bool) -> None:
-        self.path, self._writer = path, writer
+    def __init__(self, path: Path, writer: bool, mirror: Mirror | None = None) -> None:
+        self.path, self._writer, self._mirror = path, writer, mirror
         self.newest: dict[str, dict[str, Any]] = {}  # the last row of each file, for a checkpoint to carry
 
     @property
@@ -50,10 +54,20 @@ class Run:
         return read_result(self.path)
 
     def log(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append rows, each with a `step`, to metrics.jsonl in one write. Raises UserError when the disk refuses."""
+        """Append rows, each with a `step`, to metrics.jsonl in one write. Raises UserError when the disk refuses.
+
+        Waits for a bucket that has been away for long.
+        """
+        if self._mirror is not None:
+            self._mirror.check()
         if self._writer and rows:
             append_rows(self.path / METRICS, rows)
             self.newest[METRICS] = plain(rows[-1])
+
+    def watch(self, stopping: Callable[[], bool]) -> None:
+        """Wait for no bucket once `stopping`."""
+        if self._mirror is not None:
+            self._mirror.stopping = stopping
 
     def log_eval(self, row: Mapping[str, Any]) -> None:
         """Append one row, with a `step`, to evals.jsonl, in place of one of that step: a resumed run evaluates again.
@@ -84,6 +98,11 @@ class Run:
                 with writing(self.path / name), open(self.path / name, "rb") as file:
                     os.fsync(file.fileno())
 
+    def log_time(self, step: int, seconds: Mapping[str, float]) -> None:
+        """Put seconds by kind, as of now, into time.json. Raises UserError when the disk refuses."""
+        if self._writer:
+            _write_json(self.path / TIME, {"time": time.time(), "step": step, "seconds": dict(seconds)})
+
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write result.json, which ends the run; the rows reach the disk first. Raises UserError when it refuses."""
         self.sync()
@@ -93,33 +112,37 @@ class Run:
 
 @contextmanager
 def open_run(
-    path: Path, config: RunConfig, fingerprint: str, precision: Mapping[str, str] | None = None
+    path: Path,
+    config: RunConfig,
+    fingerprint: str,
+    precision: Mapping[str, str] | None = None,
+    *,
+    writer: bool = True,
 ) -> Iterator[Run]:
     """Create the run directory, or open it to continue: `with open_run(...) as run:`.
 
     A run is the same when the sections `IDENTITY` of its config and the `fingerprint` of its data are; the other
     sections may change, and config.yaml then holds the newest. A finished run is opened and left as it is. `precision`,
-    the operand type and why, is noted in env.json.
+    the operand type and why, is noted in env.json. With writer=False it is opened to look on: the leader of the job has
+    the lock.
 
     Raises:
         UserError: another run lives there, another process is using it, a damaged row or file, or the disk refuses.
     """
-    import jax
-
     path = Path(path)
-    if jax.process_index() > 0:
+    if not writer:
         yield Run(path, writer=False)
         return
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
+    with locked(path), mirrored(path) as mirror:
         if is_run(path):
             _check_same_run(path, config, fingerprint)
         else:
             _check_unused(path)
         if read_result(path) is None:
             _start_session(path, config, fingerprint, precision)
-        yield Run(path, writer=True)
+        yield Run(path, writer=True, mirror=mirror)
 
 
 # ---------------------------------------------------------------- readers
@@ -148,6 +171,11 @@ def read_env(run_dir: Path) -> dict[str, Any] | None:
     return _read_json(Path(run_dir) / ENV)
 
 
+def read_time(run_dir: Path) -> dict[str, Any] | None:
+    """time.json: `time` (since 1970), `step`, `seconds` by kind; None where there is none. UserError if damaged."""
+    return _read_json(Path(run_dir) / TIME)
+
+
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl, see `read_rows`."""
     return read_rows(Path(run_dir) / METRICS)
@@ -159,26 +187,6 @@ def read_evals(run_dir: Path) -> list[dict[str, Any]]:
 
 
 # ---------------------------------------------------------------- opening
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with writing(path / LOCK):
-        handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(handle, 64, 0).decode(errors="replace").strip() or "unknown"
-            raise UserError(
-                f"{path}: process {holder} is using this run directory; wait for it, stop it, or give another folder"
-            ) from None
-        with writing(path / LOCK):
-            os.truncate(handle, 0)
-            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
-        yield
-    finally:
-        os.close(handle)  # releases the lock
-
-
 def _check_same_run(path: Path, config: RunConfig, fingerprint: str) -> None:
     there, asked = read_config(path).as_dict(), config.as_dict()
     differ = [row for section in IDENTITY for row in diff(there[section] or {}, asked[section] or {}, f"{section}.")]

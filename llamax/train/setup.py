@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Int64
 
 from llamax.accounting.horizon import horizon
 from llamax.config.run import RunConfig
-from llamax.data.batches import TrainBatches
+from llamax.data.batches import TrainBatches, eval_batches
 from llamax.data.open import open_data
 from llamax.data.store import Store
 from llamax.errors import UserError
+from llamax.mesh.job import ALONE, Job
 from llamax.mesh.rules import Rules, batch_sharding, batch_ways, load_rules, make_mesh
+from llamax.mesh.slices import on_mesh, rows_of
 from llamax.train.axes import check_axes, pipeline_note
 from llamax.train.precision import Precision
 from llamax.train.remat import rematerialization
@@ -32,10 +35,10 @@ class Common(NamedTuple):
     initialize: Callable[[dict[str, jax.Array], np.int32], TrainState]
 
 
-def share(config: RunConfig, devices: list[jax.Device] | None = None) -> Common:
+def share(config: RunConfig, devices: list[jax.Device] | None = None, job: Job = ALONE) -> Common:
     """`Common` of a run on `devices` (None: all). Raises UserError: horizon, data or mesh do not fit the config."""
     horizon(config)  # less than a step is refused before any data is built
-    store = open_data(config.data)
+    store = _open(config, job)
     _check_vocabulary(config, store)
     rules, mesh, abstract = share_places(config, devices)
     return Common(store, rules, mesh, abstract, initializer(config, abstract))
@@ -50,16 +53,29 @@ def share_places(config: RunConfig, devices: list[jax.Device] | None = None) -> 
     return rules, mesh, abstract_state(config, rules, mesh)
 
 
-def batches_of(config: RunConfig, store: Store) -> TrainBatches:
-    """The training batches of a run, this process's part of each."""
+def _open(config: RunConfig, job: Job) -> Store:
+    """The data, opened and perhaps built by the leader first. Raises UserError where they are not the leader's."""
+    store = open_data(config.data) if job.leader else None
+    leaders = job.agree(store.fingerprint if store else "")
+    store = store or open_data(config.data)
+    if leaders != store.fingerprint:
+        raise UserError(
+            f"{store.path}: the data's fingerprint is {store.fingerprint[:12]} in process {job.index} and "
+            f"{leaders[:12]} in process 0; train from one store that all processes read (data.store)"
+        )
+    return store
+
+
+def batches_of(config: RunConfig, common: Common) -> TrainBatches:
+    """The training batches of a run, of each the rows that this process's devices hold."""
+    place, shape = batch_sharding(common.rules, common.mesh), (config.train.batch_size, config.train.seq_len + 1)
     return TrainBatches(
-        store,
+        common.store,
         batch_size=config.train.batch_size,
         seq_len=config.train.seq_len,
         seed=config.train.seed,
         mask_documents=config.data.mask_documents,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=rows_of(place, shape, axis=0),
     )
 
 
@@ -74,8 +90,22 @@ def load_dispatch(
     for name, rows in batches.of_steps(first, count).items():
         if count < capacity:
             rows = np.concatenate([rows, np.zeros((capacity - count, *rows.shape[1:]), rows.dtype)])
-        loaded[name] = jax.make_array_from_process_local_data(place, rows)
+        loaded[name] = on_mesh(place, rows, batches.rows, batches.batch_size, axis=1)
     return loaded
+
+
+def held_out(config: RunConfig, common: Common, rows: Int64[np.ndarray, " rows"]) -> Iterator[dict[str, jax.Array]]:
+    """The held-out split as batches [batch, ...] on the mesh (see `eval_batches`); this process reads `rows`."""
+    place, size = batch_sharding(common.rules, common.mesh), config.train.batch_size
+    for batch in eval_batches(
+        common.store,
+        batch_size=size,
+        seq_len=config.train.seq_len,
+        max_tokens=config.data.eval_tokens,
+        mask_documents=config.data.mask_documents,
+        rows=rows,
+    ):
+        yield {name: on_mesh(place, part, rows, size, axis=0) for name, part in batch.items()}
 
 
 def dispatch_shapes(config: RunConfig, common: Common) -> tuple[TrainState, dict[str, Any], Any]:

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llamax.config.components import BlockSparse
 from llamax.model.attention import attend, attention
 from llamax.model.execution import Execution
-from llamax.model.flash import covering, cudnn, splash
+from llamax.model.flash import COVERS, by_device, covering, cudnn, splash
 from llamax.model.kernels import Host, host_of, kernels_for
 from llamax.model.scores import Logits, Sight
 
@@ -72,6 +73,16 @@ def test_splash_means_attend(case: dict[str, Any]) -> None:
     compare(lambda *a, **o: splash(*a, interpret=True, **o), 256, 2, 1, 128, case, 2e-5)
 
 
+@pytest.mark.parametrize("segments", [False, True])
+def test_devices_run_splash_on_their_own_rows_and_heads(segments: bool) -> None:
+    """Two rows over two devices, two kv heads over two others; XLA alone could not cut the call."""
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "tensor"))
+    rows = NamedSharding(mesh, PartitionSpec(("data",)))
+    cover = COVERS["splash"]._replace(run=lambda *a, **o: splash(*a, interpret=True, **o))
+    case = {"segments": True} if segments else {}
+    compare(by_device(cover, rows), 128, 4, 2, 128, case, 2e-5)
+
+
 SHAPE, KEYS = (2, 256, 4, 128), (2, 256, 2, 128)
 
 
@@ -113,7 +124,7 @@ def test_what_splash_covers() -> None:
         (Host("cuda", 8.0, 1), ("cudnn",)),
         (Host("cuda", 9.0, 8), ("cudnn",)),
         (Host("tpu", 0.0, 1), ("splash",)),
-        (Host("tpu", 0.0, 4), ()),
+        (Host("tpu", 0.0, 4), ("splash",)),
     ],
 )
 def test_kernels_of_a_host(host: Host, kernels: tuple[str, ...]) -> None:

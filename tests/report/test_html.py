@@ -76,7 +76,8 @@ def test_every_section_and_figure_is_there(finished):
     assert set(pictures(load_study(finished))) == PICTURES
     assert sum(tag == "svg" for tag, _ in page.tags) == len(PICTURES)
     text = " ".join(page.text)
-    for part in ("jax", "0.10.2", "6\u00a0min 11\u00a0s", "lr = 4e-3", "prediction", "α"):
+    accounts = ("step, sum over runs", "90\u00a0% step, 6\u00a0% compile")
+    for part in ("jax", "0.10.2", "6\u00a0min 11\u00a0s", "lr = 4e-3", "prediction", "α", *accounts):
         assert part in text
     markdown = (finished / "report.md").read_text()
     assert all(f"## {part.title.partition(':')[0]}" in markdown for part in sections(load_study(finished)))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from llamax.sweep import claim as claims
+from llamax.storage import leases
 from llamax.sweep.claim import Lease, LeaseLost, claim, holder
 from llamax.sweep.process import alive, me, share, started
 
@@ -103,7 +103,7 @@ def test_a_slow_racer_cannot_hit_a_successor(tmp_path: Path, monkeypatch: pytest
     assert first is not None
     assert stale is not None
     assert not stale.held
-    monkeypatch.setattr(claims, "holder", lambda *_: stale)
+    monkeypatch.setattr(leases, "holder", lambda *_: stale)
     assert claim(tmp_path, "c") is None
     monkeypatch.undo()
     assert first.beat()

@@ -21,6 +21,7 @@ from llamax.sweep.live import live
 from llamax.sweep.local import run_local
 from llamax.sweep.process import alive, started
 from llamax.sweep.status import status
+from llamax.sweep.study import read_study
 from llamax.sweep.tables import status_table
 from tests.sweep.fake_train import starts
 
@@ -202,7 +203,12 @@ def test_a_live_table_on_a_terminal(make_study: Make, monkeypatch: pytest.Monkey
 def test_the_status_table_fits_and_keeps_what_matters(make_study: Make) -> None:
     from rich.console import Console
 
-    state = status(make_study(30))
+    study = make_study(30)
+    spent = ({"step": 90.0, "idle": 4.0}, {"step": 3.0, "compile": 3.0})
+    for cell, seconds in zip(read_study(study).cells, spent, strict=False):
+        (study / cell.run_name).mkdir()
+        (study / cell.run_name / "time.json").write_text(json.dumps({"time": 1.0, "step": 3, "seconds": seconds}))
+    state = status(study)
     state["cells"][17] |= {"state": "running", "step": 5, "loss": 2.5, "tokens_per_second": 1.2e5, "seconds_left": 61.0}
     state["cells"][17]["phase"] = "training"
     state["cells"][3] |= {"state": "failed", "error": "disk [full] " + "x" * 300}
@@ -212,4 +218,5 @@ def test_the_status_table_fits_and_keeps_what_matters(make_study: Make) -> None:
     assert max(map(len, lines)) <= 100
     assert any(line.split()[:5] == ["s17", "running", "5/10", "2.5000", "120k"] and "1m01s" in line for line in lines)
     assert any("s3" in line and "disk [full]" in line for line in lines)
+    assert any("time of all cells: 93 % step, 4 % idle, 3 % compile" in line for line in lines)
     assert sum(" pending " in line for line in lines) == 4

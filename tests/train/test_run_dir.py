@@ -235,8 +235,8 @@ def test_kill_9_releases_the_lock(tmp_path):
     code = f"""
 import fcntl, os, sys, time
 from pathlib import Path
-from llamax.train.run_dir import _locked
-with _locked(Path({str(tmp_path)!r})):
+from llamax.train.lock import locked
+with locked(Path({str(tmp_path)!r})):
     print("held", flush=True)
     time.sleep(60)
 """
