@@ -6,7 +6,7 @@ import gc
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -55,13 +55,16 @@ app.command("predict")(predicting.predict)
 model_app.command("import")(converting.model_import)
 model_app.command("export")(converting.model_export)
 
+UsageError: Any = typer.BadParameter.__base__  # click's or, in newer versions, typer's own
+
 
 def main() -> None:
     """Run the command line; bad input is one message on stderr and exit code 2."""
     gc.set_threshold(100_000)  # imports and tracing make a million objects that live on: collecting was a tenth of both
     try:
         with sending_back():
-            app()
+            code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
     except UserError as error:
         print(as_addresses(f"error: {error}"), file=sys.stderr)
         sys.exit(2)
@@ -70,6 +73,13 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
+    except typer.Abort:
+        sys.exit(1)
+    except UsageError as error:
+        text, command = error.format_message(), error.ctx.command_path if error.ctx else "llamax"
+        if text and not text.startswith("Usage"):  # `llamax sweep` alone has printed its help
+            print(f"error: {text.rstrip('.')}; see {command} --help", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:  # a path or a disk, outside what names its own field
         print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)

@@ -9,23 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from llamax.columns import find_columns, finished_runs, need_columns, read_runs
 from llamax.console import AtHand, Json, print_json, show
 from llamax.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-LEDGER_COLUMNS = {"n": "n", "d": "tokens", "loss": "eval_loss", "flops": "flops_6n", "budget": "budget"}
-# Where no column is named, the first of these that the table has.
-USUAL = {
-    "n": ("n", "params", "N"),
-    "d": ("tokens", "d", "D"),
-    "loss": ("eval_loss", "loss"),
-    "flops": ("flops_6n", "flops", "C"),
-    "budget": ("budget",),
-}
-COUNTS = {"matmul": "n", "total": "params_total", "active": "params_active"}  # conventions of a ledger, by column
-FLOPS = {name: f"flops_{name}" for name in ("6n", "chinchilla", "palm", "causal")}
 POWER_LAWS = ("n_exponent", "n_coefficient", "d_exponent", "d_coefficient")
 TABLE_LAWS = {"chinchilla": "approach3", "coupled": "coupled"}
 
@@ -90,7 +80,9 @@ def fit(
     seed_noise: Annotated[
         str | None, typer.Option(help="Draw noise of this size in log loss, or of 'replicates', instead of runs.")
     ] = None,
-    profile: Annotated[list[str] | None, typer.Option(help="Profile likelihood of this parameter.")] = None,
+    profile: Annotated[
+        list[str] | None, typer.Option(help="Profile likelihood of a parameter; with --at of n_opt, d_opt, ... loss.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     at: Annotated[float | None, typer.Option(help="Recommend and predict at this many training FLOPs.")] = None,
     inference_tokens: Annotated[
@@ -158,16 +150,16 @@ def fit_data(path: Path, options: FitOptions) -> dict[str, Any]:
     Raises:
         UserError: no such table, or a table that cannot be fitted.
     """
-    from llamax.report.ledger import ledger, usable_runs
-    from llamax.scaling import read_table
-    from llamax.scaling.caveats import bootstrap_words, run_words
+    from llamax.scaling.caveats import bootstrap_words, checkpoint_words, run_words
 
-    words: list[str] = []
-    if path.is_dir():
-        frame, words = usable_runs(ledger(path))
-    else:
-        frame = read_table(path)
-    columns = _columns(frame, options, words)
+    table = read_runs(path)
+    frame, words = finished_runs(table)
+    words = [*table.attrs.get("warnings", []), *words]
+    if frame.empty:
+        raise UserError(f"{path}: no run is finished; {words[-1]}")
+    asked = {**options.columns, "run": options.group}
+    columns = find_columns(frame, asked, count=options.count, flop_count=options.flop_count)
+    words += checkpoint_words(frame, columns)
     words += run_words(frame, options.extra.get("epochs"))
     words += bootstrap_words(options.bootstrap, options.seed)
     if options.at is None and (options.inference_tokens is not None or options.unique_tokens is not None):
@@ -179,33 +171,13 @@ def fit_data(path: Path, options: FitOptions) -> dict[str, Any]:
     return _fit_table(frame, columns, options, words)
 
 
-def _columns(frame: pd.DataFrame, options: FitOptions, words: list[str]) -> dict[str, str | None]:
-    """Columns by role: those named, else of the convention asked for, else the first usual one in the table."""
-    asked = dict(options.columns)
-    for role, chosen, table in (("n", options.count, COUNTS), ("flops", options.flop_count, FLOPS)):
-        if chosen is None:
-            continue
-        if chosen not in table:
-            raise UserError(f"convention {chosen!r}: choose from {', '.join(table)}")
-        if table[chosen] not in frame:
-            raise UserError(f"convention {chosen}: the table has no column {table[chosen]!r}; name one of its columns")
-        asked[role] = asked.get(role) or table[chosen]
-    found: dict[str, str | None] = {}
-    for role, usual in USUAL.items():
-        found[role] = asked.get(role) or next((name for name in usual if name in frame), None)
-    for role in ("n", "loss"):
-        found[role] = found[role] or USUAL[role][0]  # absent: the message names it
-    if found["d"] is None and found["flops"] is None:
-        found["d"] = USUAL["d"][0]
-    return found | {"run": options.group}
-
-
 def _fit_table(
     frame: pd.DataFrame, columns: dict[str, str | None], options: FitOptions, words: list[str]
 ) -> dict[str, Any]:
     """The Chinchilla and coupled laws, and approach 2."""
     from llamax.scaling import fit_frame
 
+    need_columns(frame, columns, "--{role} COLUMN")
     approaches = options.approaches or ((3,) if options.law else (2, 3))
     if columns["budget"] is None and not options.approaches:
         approaches = (3,)
@@ -251,7 +223,7 @@ def _fit_table(
         intervals |= chosen["intervals"] or {}
         errors |= part.draws.standard_errors() if part.draws else {}
         if options.profile:
-            result["profile"] = _profiles(fit, section, options.profile)
+            result["profile"] = _profiles(fit, section, options.profile, options.at)
     if 2 in approaches and record["approach2"]:
         two = record["approach2"]
         result |= {
@@ -269,11 +241,19 @@ def _fit_table(
     return result | shared | {"warnings": list(dict.fromkeys(words))}
 
 
-def _profiles(fit: Any, section: str, names: tuple[str, ...]) -> dict[str, Any]:
+def _profiles(fit: Any, section: str, names: tuple[str, ...], flops: float | None) -> dict[str, Any]:
+    """Profile likelihoods of parameters, and of what the law says at `flops`."""
     from llamax.scaling.profile import profile_parametric
+    from llamax.scaling.profile_target import TARGETS, profile_targets
 
-    part = fit.laws[section]
-    return {name: profile_parametric(part.fit, fit.runs, name).as_dict() for name in names}
+    part, found = fit.laws[section], {}
+    asked = tuple(name for name in names if name in TARGETS)
+    if asked:
+        if flops is None:
+            raise UserError(f"profile {asked[0]}: give the training FLOPs to answer at, --at")
+        found = profile_targets(part.fit, fit.runs, flops, fit.cost, asked)
+    found |= {name: profile_parametric(part.fit, fit.runs, name) for name in names if name not in TARGETS}
+    return {name: found[name].as_dict() for name in names}
 
 
 def _at(fit: Any, result: dict[str, Any], flops: float, words: list[str]) -> dict[str, Any]:
@@ -289,7 +269,7 @@ def _at(fit: Any, result: dict[str, Any], flops: float, words: list[str]) -> dic
     else:
         found = target_approach2(fit.approach2, fit.approach2_draws, flops, fit.level)
         if found is None:
-            raise UserError("at: fewer than two budgets have a valid vertex, so approach 2 has no power laws to answer")
+            raise UserError(_no_power_laws(fit.approach2))
         target = found
         words += distance_words(fit.runs, flops)
         if target.loss is None:
@@ -305,6 +285,16 @@ def _at(fit: Any, result: dict[str, Any], flops: float, words: list[str]) -> dic
         "intervals": result["intervals"] | bounds,
         "at": record,
     }
+
+
+def _no_power_laws(two: Any) -> str:
+    """Why approach 2 cannot answer, and what would help."""
+    causes = [b.warnings[0] for b in two.budgets if b.warnings and not (b.n.interior and b.d.interior)]
+    return (
+        f"at: approach 2 has no power laws to answer: {two.interior_minima} of {len(two.budgets)} budgets have their "
+        f"minimum inside their grid, and two are needed ({'; '.join(causes[:2])}); add runs on that side of the grid, "
+        "or take approach 3"
+    )
 
 
 def _beyond(law: Any, cost: Any, options: FitOptions) -> dict[str, Any]:
@@ -328,6 +318,7 @@ def _fit_envelope(
 
     if options.approaches != (1,) or options.group is None:
         raise UserError("approach 1: give it alone, and the column that names a run as --group; each run is a curve")
+    need_columns(frame, columns, "--{role} COLUMN")
     runs, more = clean(frame, **(columns | {"budget": None}))  # type: ignore[arg-type]
     found = fit_approach1(runs)
     record = found.as_dict()
@@ -375,15 +366,20 @@ def _fit_registered(
 
         result["profile"] = {name: profile_law(fit, name).as_dict() for name in options.profile}
     if options.at is not None:
-        from llamax.scaling import allocate
+        from llamax.scaling import Cost, allocate
+        from llamax.scaling.laws import fit_cost
 
         fixed = {name: float(np.median(table[name])) for name in spec.columns if name not in ("n", "d")}
-        best = allocate(spec, fit.params, options.at, fixed=fixed)
+        sized = {"n", "d", "flops"} <= set(table)
+        cost = fit_cost(*(table[name].to_numpy(float) for name in ("n", "d", "flops")))[0] if sized else Cost()
+        best = allocate(spec, fit.params, options.at, cost=cost, fixed=fixed)
         n, d = float(best.n), float(best.d)
         result |= {"n_opt": n, "d_opt": d, "tokens_per_param": d / n, "loss": float(best.loss), "fixed": fixed}
-        words.append(f"at: 6·n·d FLOPs, the other inputs at their medians ({fixed})" if fixed else "at: 6·n·d FLOPs")
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in fixed.items())
+        rule = f"at: {cost.coefficient:.4g}·n^{cost.n_exponent:.4g}·d FLOPs"
+        words.append(f"{rule}, the other inputs at their medians ({shown})" if shown else rule)
         if options.bootstrap:
-            many = allocate(spec, draws.params, options.at, fixed=fixed)
+            many = allocate(spec, draws.params, options.at, cost=cost, fixed=fixed)
             values = {"n_opt": many.n, "d_opt": many.d, "tokens_per_param": many.d / many.n, "loss": many.loss}
             result["intervals"] |= {name: as_list(interval(value)) for name, value in values.items()}
     return result | {"warnings": list(dict.fromkeys(words))}

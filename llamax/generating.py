@@ -226,6 +226,8 @@ def _mesh(settings: list[str]) -> Mesh | None:
         if not size.lstrip("-").isdigit():
             raise UserError(f"--mesh {setting}: give an axis and its size, as tensor=2")
         sizes[axis] = int(size)
+    if wrong := [f"{axis}={size}" for axis, size in sizes.items() if axis in ("context", "stage") and size != 1]:
+        raise UserError(f"--mesh {wrong[0]}: sequences and layers are cut for training alone; use tensor, data or fsdp")
     return make_mesh(validate(MeshConfig, sizes, "--mesh"))
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -83,7 +84,7 @@ def plan_run(
 
 def _config(source: str, overrides: list[str], topology: Topology) -> RunConfig:
     """The run: a config as it is; a model by its name with SETTINGS, in microbatches of one sequence a device."""
-    from llamax.config.files import find, read_yaml, shipped
+    from llamax.config.files import find, read_yaml, shipped, unknown
     from llamax.config.load import load_run, model_names, named_model, run_from_data
 
     if source in shipped("train") or Path(source).suffix in (".yaml", ".yml"):
@@ -93,19 +94,17 @@ def _config(source: str, overrides: list[str], topology: Topology) -> RunConfig:
     except UserError:
         if "/" in source:
             raise
-        names = [*shipped("train"), *model_names()]
-        from llamax.config.files import unknown
-
-        raise UserError(unknown("config or model", source, names)) from None
+        raise UserError(unknown("config or model", source, [*shipped("train"), *model_names()])) from None
     config = run_from_data(
         {"base": SETTINGS, "model": source, "train": _lengths(source)}, overrides, where=f"{source} with {SETTINGS}"
     )
     if any(text.startswith(("train.grad_accumulation=", "train.batch_size=")) for text in overrides):
         return config
-    batch_axes = read_yaml(find("meshes", config.mesh.rules, "mesh rules"))["batch"]
+    rule = read_yaml(find("meshes", config.mesh.rules, "mesh rules"))["batch"]
+    cut = [rule] if isinstance(rule, str) else rule
     ways = topology.devices
     for axis, size in config.mesh.as_dict().items():
-        ways //= size if isinstance(size, int) and size > 1 and axis not in batch_axes else 1
+        ways //= size if isinstance(size, int) and size > 1 and axis not in cut else 1
     batch = max(config.train.batch_size // ways, 1) * ways
     train = config.train.model_copy(update={"batch_size": batch, "grad_accumulation": batch // ways})
     return config.model_copy(update={"train": train})
@@ -125,10 +124,9 @@ def _compile(config: RunConfig, topology: Topology, report: Report) -> tuple[dic
 
     platform, named = _compiler(topology)
     kind = topology.kind
-    limit = kind.memory if kind.platform != "cpu" else None
-    request = Request(config.as_dict(), platform, named, topology.devices, kind.device_kind, limit, kind.bandwidth)
-    if limit is None:
-        request = dataclasses.replace(request, bandwidth=None)
+    known = kind.platform != "cpu"
+    limits = (float(kind.memory), float(kind.bandwidth)) if known else (None, None)
+    request = Request(config.as_dict(), platform, named, topology.devices, kind.device_kind, *limits)
     with tempfile.TemporaryDirectory(prefix="llamax-plan-") as scratch:
         folder = Path(scratch)
         (folder / REQUEST).write_text(json.dumps(dataclasses.asdict(request)))
@@ -177,8 +175,9 @@ def _crash(code: int, said: str, topology: Topology) -> str:
     """What to say of a process that ended without an answer."""
     if code == -9:
         return f"{topology.name}: the compiler was killed, likely for its memory; run it on a machine with more"
-    last = [line for line in said.strip().splitlines() if line.strip()]
-    return f"{topology.name}: the compiler failed (exit code {code}): {last[-1][:500] if last else 'it said nothing'}"
+    errors = [line.strip() for line in said.splitlines() if re.match(r"[\w.]+(Error|Exception)\b", line)]
+    last = errors[-1][:500] if errors else said.strip()[-500:]
+    return f"{topology.name}: the compiler failed (exit code {code}): {last}"
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llamax.columns import LEDGER_COLUMNS, USUAL, find_columns, finished_runs, need_columns, read_runs
 from llamax.console import AtHand, Json, print_json, show
 from llamax.errors import UserError
 
@@ -65,7 +66,7 @@ def register_prediction(
     check_flops(flops)
     frame, names = runs_of(data, columns)
     approaches = (2, 3) if names["budget"] else (3,)
-    fit = fit_frame(finished(frame), approaches, **names, bootstrap=bootstrap, seed=seed)  # type: ignore[arg-type]
+    fit = fit_frame(finished_runs(frame)[0], approaches, **names, bootstrap=bootstrap, seed=seed)  # type: ignore[arg-type]
     refuse_if_known(data, columns, flops)
     size = recommend(fit, flops).n if n is None else n
     claim = predict(fit, flops=flops, n=size, d=float(fit.cost.tokens(flops, size)))
@@ -95,7 +96,7 @@ def refuse_if_known(data: Path, columns: str, flops: float) -> None:
             f"({known[0]} FLOPs); a prediction is made before its run, so give a compute that was not trained"
         )
     frame = runs_of(data, columns)[0]
-    if "status" in frame:
+    if {"status", "steps"} <= set(frame):
         begun = frame[~frame["status"].isin(ENDED) & (frame["steps"] > 0)]
         for row in begun.to_dict("records"):
             if near(planned_flops(data, row), flops):
@@ -117,33 +118,17 @@ def planned_flops(data: Path, row: Mapping[Any, Any]) -> float:
 # ---------------------------------------------------------------- the runs
 def runs_of(data: Path, columns: str = "") -> tuple[pd.DataFrame, dict[str, str | None]]:
     """(every run of a study directory or a table, which of its columns are n, d, loss, flops and budget)."""
-    from llamax.fitting import LEDGER_COLUMNS, USUAL
-    from llamax.report.ledger import ledger
-    from llamax.scaling import read_table
-
-    if data.is_dir():
-        if columns:
-            raise UserError(f"--columns {columns}: {data} is a study and has its own; drop the option")
-        return ledger(data), dict(LEDGER_COLUMNS)
-    frame = read_table(data)
-    names = {key: next((name for name in usual if name in frame), None) for key, usual in USUAL.items()}
+    if data.is_dir() and columns:
+        raise UserError(f"--columns {columns}: {data} is a study and has its own; drop the option")
+    frame, asked = read_runs(data), dict[str, str | None]()
     for part in filter(None, columns.split(",")):
         key, equals, name = (text.strip() for text in part.partition("="))
         if not equals or key not in USUAL:
             raise UserError(f"--columns {part!r}: give {', '.join(f'{key}=COLUMN' for key in USUAL)}")
-        if name not in frame:
-            raise UserError(f"--columns {part}: not in the table; it has {', '.join(map(str, frame.columns))}")
-        names[key] = name
-    if missing := [key for key in ("n", "loss") if names[key] is None]:
-        raise UserError(f"{data}: no column for {', '.join(missing)}; name it, such as --columns {missing[0]}=COLUMN")
+        asked[key] = name
+    names = find_columns(frame, LEDGER_COLUMNS if data.is_dir() else asked)
+    need_columns(frame, names, "--columns {role}=COLUMN")
     return frame, names
-
-
-def finished(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows of finished runs that a law may be fitted to; all of a table that knows no status."""
-    from llamax.report.ledger import usable_runs
-
-    return usable_runs(frame)[0] if "status" in frame else frame
 
 
 def measured(data: Path, columns: str = "") -> pd.DataFrame:
@@ -151,7 +136,7 @@ def measured(data: Path, columns: str = "") -> pd.DataFrame:
     import pandas as pd
 
     frame, names = runs_of(data, columns)
-    rows = finished(frame)
+    rows = finished_runs(frame)[0]
     n, loss = rows[names["n"]], rows[names["loss"]]
     spent = rows[names["flops"]] if names["flops"] else 6 * n * rows[names["d"]]
     labels = rows["run"] if "run" in rows else [f"row {i}" for i in rows.index]

@@ -126,7 +126,7 @@ def _train(directory: Path, workers: int, names: list[str]) -> None:
 
 def _fit(directory: Path) -> tuple[Any, dict[str, Any]]:
     """Both fits over the finished cells of the sweep (the predicted run is never among them); saved as fits.json."""
-    from llamax.fitting import LEDGER_COLUMNS
+    from llamax.columns import LEDGER_COLUMNS
     from llamax.report.ledger import ledger, usable_runs
     from llamax.scaling import fit_frame
 

@@ -136,9 +136,9 @@ def sweep_next(
     as_json: Json = False,
 ) -> None:
     """The next budget of a study, its sizes centred on what the finished runs say."""
+    from llamax.columns import LEDGER_COLUMNS
     from llamax.config.load import dump_yaml
     from llamax.errors import UserError
-    from llamax.fitting import LEDGER_COLUMNS
     from llamax.report.ledger import ledger, usable_runs
     from llamax.sweep.design import ladder_of
     from llamax.sweep.design_report import next_tables

@@ -302,3 +302,54 @@ def test_a_far_target_of_approach_2_is_flagged(tmp_path):
     table().to_csv(tmp_path / "a.csv", index=False)
     options = FitOptions(columns=COLUMNS | {"budget": "level"}, approaches=(2,), bootstrap=20, at=1e40)
     assert any("long extrapolation" in word for word in fit_data(tmp_path / "a.csv", options)["warnings"])
+
+
+def test_checkpoints_without_a_group_are_flagged(tmp_path):
+    sizes, parts = np.geomspace(1e7, 1e9, 6), np.linspace(0.1, 1, 12)
+    runs = pd.DataFrame([(f"r{i}", n, 20 * n * part) for i, n in enumerate(sizes) for part in parts])
+    runs.columns = ["run", "n", "d"]
+    runs["loss"] = 1.7 + 400 / runs["n"] ** 0.34 + 1100 / runs["d"] ** 0.29
+    options = {"columns": {}, "law": "chinchilla"}
+    assert "share 'run' look like checkpoints" in words(fit(runs, tmp_path, **options))
+    assert "6 sizes have 12 lengths each" in words(fit(runs.drop(columns="run"), tmp_path, **options))
+    assert "checkpoints" not in words(fit(runs, tmp_path, group="run", **options))
+
+
+def test_a_saved_ledger_is_filtered_as_its_study_is(tmp_path):
+    frame = isoflop(sizes=7, noise=0.003).assign(run=lambda f: [f"r{i}" for i in f.index], stage=None)
+    frame["status"] = ["done"] * 25 + ["diverged", "running", "done"]
+    frame.loc[27, "stage"] = "trunk"
+    result = fit(frame, tmp_path, columns={}, law="chinchilla")
+    assert result["n_points"] == 25
+    assert "3 of 28 rows: r25 (diverged), r26 (running), r27 (a trunk" in words(result)
+    with pytest.raises(UserError, match="no run is finished; left out of the fit: 28 of 28"):
+        fit(frame.assign(status="failed"), tmp_path, columns={})
+    foreign = fit(frame.assign(status="ok"), tmp_path, columns={}, law="chinchilla")
+    assert foreign["n_points"] == 28
+    assert "column 'status' (ok) is not read" in words(foreign)
+
+
+def test_registry_laws_read_flops_as_the_others_do(tmp_path):
+    frame = isoflop(sizes=7, noise=0.003)
+    options = {"columns": {}, "law": "overtraining", "at": 1e13}
+    whole, derived = fit(frame, tmp_path, **options), fit(frame.drop(columns="d"), tmp_path, **options)
+    assert "tokens taken as flops / (6·n)" in words(derived)
+    assert derived["params"] == pytest.approx(whole["params"])
+    dear = fit(frame.assign(flops=2 * frame["flops"]), tmp_path, **options)
+    assert dear["n_opt"] < whole["n_opt"]  # each token costs twice as much
+    with pytest.raises(UserError, match=r"column 'flops': -1 .28 such rows.; flops must be positive"):
+        fit(frame.assign(flops=-1.0), tmp_path, **options)
+
+
+def test_at_without_power_laws_says_why_and_what_helps(tmp_path):
+    frame = table(shift=30.0, span=2.0)
+    with pytest.raises(UserError, match=r"0 of 4 budgets .* lower edge .*; add runs on that side"):
+        fit(frame, tmp_path, approaches=(2,), columns=NAMES | {"n": "params"}, at=1e13)
+
+
+def test_profiles_of_the_optimum(tmp_path):
+    result = fit(table(), tmp_path, law="chinchilla", at=1e13, profile=("n_opt", "alpha"))
+    low, high = result["profile"]["n_opt"]["interval"]
+    assert low < result["n_opt"] < high
+    with pytest.raises(UserError, match="profile n_opt: give the training FLOPs"):
+        fit(table(), tmp_path, law="chinchilla", profile=("n_opt",))

@@ -18,7 +18,7 @@ from llamax.errors import UserError
 from llamax.planning import plan_run
 from llamax.report.changes import changes
 from llamax.report.plan_page import plan_lines
-from llamax.train.ahead import _needed
+from llamax.train.ahead import refused_bytes
 
 OVERRIDES = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "train.remat=full"]
 
@@ -100,7 +100,7 @@ def test_changes_until_it_fits() -> None:
     assert [row["fits"] for row in found] == [False] * (len(found) - 1) + [True]
     sizes = [row["bytes"] for row in found]
     assert sizes == sorted(sizes, reverse=True)
-    assert found[0]["change"] == "train.loss_chunk=2048"
+    assert found[0]["change"] == "train.loss_chunk=8192"
     assert any(row["change"] == "train.grad_accumulation=16" for row in found)
 
 
@@ -116,11 +116,13 @@ def test_a_state_that_is_too_large_needs_more_devices() -> None:
 
 
 def test_a_refusal_of_the_compiler_is_read() -> None:
+    said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 120.50G of 95.74G hbm."
+    assert refused_bytes(said, 10) == int(120.5 * 2**30)
     said = (
-        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 120.50G of 95.74G hbm. Exceeded hbm capacity"
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (36.30G) exceeds"
     )
-    assert _needed(said) == int(120.5 * 2**30)
-    assert _needed("INTERNAL: something else") is None
+    assert refused_bytes(said, 10) == int(36.3 * 2**30) + 10
+    assert refused_bytes("INTERNAL: something else", 10) is None
 
 
 # ---------------------------------------------------------------- bad input

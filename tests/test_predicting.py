@@ -11,8 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from llamax.cli import app
+from llamax.columns import finished_runs
 from llamax.errors import UserError
-from llamax.predicting import finished, register_prediction, score_all
+from llamax.predicting import register_prediction, score_all
 from llamax.scaling import fit_frame
 from llamax.scaling.register import data_digest, read_predictions
 from tests.report.make_study import BUDGETS, law, make_study, optimum
@@ -97,6 +98,6 @@ def test_a_trunk_is_neither_fitted_nor_an_answer() -> None:
     frame = pd.DataFrame(
         {"run": ["a", "b", "c"], "status": ["done", "done", "failed"], "stage": ["trunk", "branch", None]}
     )
-    assert list(finished(frame)["run"]) == ["b"]
-    assert list(finished(frame.drop(columns="stage"))["run"]) == ["a", "b"]
-    assert len(finished(frame[["run"]])) == 3
+    assert list(finished_runs(frame)[0]["run"]) == ["b"]
+    assert list(finished_runs(frame.drop(columns="stage"))[0]["run"]) == ["a", "b"]
+    assert len(finished_runs(frame[["run"]])[0]) == 3

@@ -110,6 +110,7 @@ def main() -> None:
             print(f"{name}: three runs", file=sys.stderr, flush=True)
             shape = {**SHAPES[name], "vocab": 256}  # the store's tokens are bytes
             result[name] = bench(shape, store, Path(folder) / name, options.seconds, options.every)
+            print(table({name: result[name]}), file=sys.stderr, flush=True)
     print(json.dumps(result) if options.json else table(result))
 
 

@@ -22,8 +22,8 @@ PLANS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("llama3/8b", "v5p:2x2x4", ()),
     ("llama3.1/70b", "v5p:4x4x8", ()),
     ("llama3.1/405b", "v5p:8x8x8", ()),
-    ("mixtral/8x22b", "v5p:4x4x8", ()),
-    ("deepseek_v3/671b", "v5p:8x8x8", ()),
+    ("mixtral/8x22b", "v5p:4x4x8", ("mesh.expert=8",)),
+    ("deepseek_v3/671b", "v5p:8x8x8", ("mesh.expert=64",)),
 )
 GIB = 2**30
 

@@ -270,11 +270,12 @@ def attention(tiny: bool) -> Iterator[Row]:
     import jax.numpy as jnp
     import numpy as np
 
-    from llamax.model.attention import Logits, Sight, attend
+    from llamax.model.attention import attend
     from llamax.model.attention import attention as choose
     from llamax.model.execution import Execution
     from llamax.model.flash import covering
     from llamax.model.kernels import host_of, kernels_for
+    from llamax.model.scores import Logits, Sight
 
     execution = Execution("bfloat16", "bfloat16", kernels=kernels_for(host_of(jax.devices()[:1])))
     seq, dim = (64, 16) if tiny else (1024, 128)

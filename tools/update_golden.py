@@ -16,6 +16,7 @@ from llamax.config.cards import card_names
 from llamax.config.files import read_yaml, shipped
 from llamax.config.load import dump_yaml, load_corpus, load_model, load_run
 from llamax.config.sweep import load_sweep
+from llamax.launch.protocol import load_settings
 
 STYLED = (16, 64, 512)  # ladder widths at which styles are recorded
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
@@ -41,6 +42,9 @@ def golden_texts() -> dict[str, str]:
         texts[f"sweeps/{name}.yaml"] = dump_yaml(load_sweep(name))
     for name, path in shipped("meshes").items():
         texts[f"meshes/{name}.yaml"] = _text(read_yaml(path))
+    for name in shipped("launch"):
+        overrides = ["image=IMAGE", "topology=v5e:4x4"] if name == "jobset" else []
+        texts[f"launch/{name}.yaml"] = dump_yaml(load_settings(name, overrides)[1])
     return texts
 
 

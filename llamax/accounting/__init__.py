@@ -13,6 +13,7 @@ from llamax.accounting.horizon import Horizon, horizon
 from llamax.accounting.memory import MEMORY_RULES, memory_bytes, training_state_bytes
 from llamax.accounting.params import Leaf, Params, count_params, leaves
 from llamax.accounting.peaks import Mfu, mfu
+from llamax.accounting.pipeline import bubble
 
 __all__ = [
     "CACHE_RULES",
@@ -24,6 +25,7 @@ __all__ = [
     "Mfu",
     "Params",
     "bits_per_byte",
+    "bubble",
     "count_params",
     "decode_flops_per_token",
     "forward_flops_by_component",

@@ -6,6 +6,7 @@ backward pass keeps, by the rules in `MEMORY_RULES`; compilers fuse some of it a
 from __future__ import annotations
 
 from llamax.accounting.params import Leaf, leaves
+from llamax.accounting.pipeline import turns
 from llamax.config.components import Attention, DenseMlp, LatentAttention, MoeMlp
 from llamax.config.model import Block, ModelConfig
 from llamax.config.run import RunConfig, TrainConfig
@@ -27,16 +28,23 @@ MEMORY_RULES: dict[str, str] = {
 }
 
 
-def memory_bytes(config: RunConfig, flash: bool = False) -> dict[str, int]:
+def memory_bytes(config: RunConfig, flash: bool = False, stages: int = 1) -> dict[str, int]:
     """Bytes of a training step by the keys of `MEMORY_RULES`, over the whole mesh; with `flash` attention kernels
-    layers without softcap, ALiBi, chunks or blocks hold no scores. `remat: auto` counts as full."""
+    layers without softcap, ALiBi, chunks or blocks hold no scores. `remat: auto` counts as full.
+
+    In a pipeline of `stages` each keeps what its layers keep for every turn (see `pipeline.turns`), all work at once,
+    and the head reads the whole batch.
+    """
     train = config.train
     state = training_state_bytes(config.model, config.optimizer.kind)
-    microbatch = train.batch_size // train.grad_accumulation * train.seq_len
+    parts = train.grad_accumulation
+    microbatch = train.batch_size // parts * train.seq_len
+    at_head = microbatch if stages == 1 else parts * microbatch
+    kept, scratch = _activation_bytes_per_token(config.model, train, flash)
     result = state | {
-        "gradients": state["gradients"] * (1 if train.grad_accumulation == 1 else 2),
-        "activations": microbatch * _activation_bytes_per_token(config.model, train, flash),
-        "logits": 2 * _F32 * config.model.vocab_size * min(train.loss_chunk or microbatch, microbatch),
+        "gradients": state["gradients"] * (1 if parts == 1 else 2),
+        "activations": microbatch * (kept * (1 if stages == 1 else turns(stages, parts)) + scratch * stages),
+        "logits": 2 * _F32 * config.model.vocab_size * min(train.loss_chunk or at_head, at_head),
     }
     return result | {"total": sum(result.values())}
 
@@ -52,6 +60,12 @@ def training_state_bytes(model: ModelConfig, optimizer: str = "adamw") -> dict[s
     }
 
 
+def stacked_share(model: ModelConfig) -> float:
+    """The share of a model's parameters that is in its stacks of layers, which stages divide among them."""
+    rows = list(leaves(model))
+    return sum(leaf.size for leaf in rows if leaf.layers) / sum(leaf.size for leaf in rows)
+
+
 def _moments(leaf: Leaf, optimizer: str) -> int:
     """Scalars of optimizer state for one leaf."""
     if optimizer == "adamw" or (optimizer == "muon" and leaf.group != "matrix"):
@@ -62,8 +76,8 @@ def _moments(leaf: Leaf, optimizer: str) -> int:
     return leaf.size
 
 
-def _activation_bytes_per_token(model: ModelConfig, train: TrainConfig, flash: bool) -> int:
-    """Bytes per token of the microbatch: what is kept of every layer, and the scratch of the unit at work.
+def _activation_bytes_per_token(model: ModelConfig, train: TrainConfig, flash: bool) -> tuple[int, int]:
+    """Bytes per token of the microbatch: (what is kept of every layer, the scratch of the unit at work).
 
     Rematerialization works on units (the body of the scan over layers), so their inputs are what is kept.
     """
@@ -79,7 +93,7 @@ def _activation_bytes_per_token(model: ModelConfig, train: TrainConfig, flash: b
         scratch = max(scratch, scores + (0 if train.remat == "none" else whole))
     if model.mtp:  # the modules are not scanned: each keeps its two inputs, their projection and all of its block
         kept += model.mtp * (4 * carry * d + _block_bytes(model.layers[-1], d, train.seq_len, carry, operand))
-    return kept + scratch
+    return kept, scratch
 
 
 def _scores(a: Attention) -> int:

@@ -5,7 +5,8 @@
 
 `best` is the longest of the three, where all overlap; `worst` is their sum, where none do. `step` is halfway between.
  Rates of collectives: on a torus a ring runs in both directions over every dimension that its group spans, in one
-direction over a dimension that does not close; an all-to-all is limited by the bisection of the longest dimension. GPUs
+direction over a dimension that does not close; a permutation has one link, or half of two where its reverse runs
+beside it; an all-to-all is limited by the bisection of the longest dimension. GPUs
 of a node send over NVLink, and over their own network adapters between nodes (the longer of the two counts).
 """
 

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import model_validator
 
 from llamax.config.base import Frozen
 
+# From the axis whose devices talk least to the one whose devices talk most: a machine's neighbours differ in the last.
+AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
+
 
 class MeshConfig(Frozen):
     """Devices along each mesh axis; -1 on one axis takes all that the others leave. `rules` names a preset in
     configs/meshes.
+
+    `data` and `fsdp` cut the batch, `expert` it and the experts, `tensor` heads and widths, `context` every sequence,
+    `stage` the layers; docs/parallelism.md says when to use which. `sequence_parallel` keeps the residual stream and
+    its norms cut along the sequence over `tensor` too. With stages, the train.grad_accumulation parts of a batch are
+    the pipeline's microbatches.
+
+    `layout: auto` chooses the sizes of all axes for the devices there are, from estimates of memory and communication
+    (accounting/layout.py), each time the run starts; `mesh: auto` is short for it.
 
     `kernels`: auto takes the devices' own attention kernel wherever it covers a layer, none the reference everywhere.
     """
@@ -20,14 +31,35 @@ class MeshConfig(Frozen):
     fsdp: int = 1
     tensor: int = 1
     expert: int = 1
+    context: int = 1
+    stage: int = 1
+    sequence_parallel: bool = False
+    layout: Literal["sizes", "auto"] = "sizes"
     rules: str = "default"
     kernels: Literal["auto", "none"] = "auto"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, data: Any) -> Any:
+        return {"layout": "auto"} if data == "auto" else data
+
     @model_validator(mode="after")
     def _sizes(self) -> MeshConfig:
-        sizes = {axis: getattr(self, axis) for axis in ("data", "fsdp", "tensor", "expert")}
+        sizes = self.sizes
         if bad := [f"{axis}={size}" for axis, size in sizes.items() if size < 1 and size != -1]:
             raise ValueError(f"{bad[0]} is not a device count; give a positive number, or -1 for all remaining devices")
         if list(sizes.values()).count(-1) > 1:
             raise ValueError("only one mesh axis can be -1; give the others a number")
+        given = [f"{axis}={size}" for axis, size in sizes.items() if size != (-1 if axis == "data" else 1)]
+        if self.layout == "auto" and given:
+            raise ValueError(f"layout=auto chooses every size, and {given[0]} is given; drop one of the two")
+        if self.sequence_parallel and self.tensor == 1 and self.layout == "sizes":
+            raise ValueError(
+                "sequence_parallel=true cuts sequences over the tensor axis, and tensor=1; raise tensor, or drop it"
+            )
         return self
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Devices along every axis of AXES as they are asked for, -1 included."""
+        return {axis: getattr(self, axis) for axis in AXES}

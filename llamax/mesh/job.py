@@ -43,12 +43,12 @@ class Job:
         and the leader waits for nobody."""
         return value
 
-    def meet(self) -> None:
-        """Return when all processes are here: what follows may wait less long for a slow one than this does."""
-
     def wish(self, signal: str | None) -> str | None:
         """What `agree` is asked about stopping: the signal that reached this process; in the leader, any process."""
         return signal
+
+    def meet(self) -> None:
+        """Return when all processes have come here. Before a first collective: gloo gives up on a peer after 30 s."""
 
 
 ALONE = Job()
@@ -215,7 +215,7 @@ class Leader(Several):
 
     def __init__(self, plan: Processes, lines: Mapping[int, tuple[Line, Member]]) -> None:
         self._wished: str | None = None
-        self._here = threading.Semaphore(0)  # of the others, those that have come to where this process waits for them
+        self._met, self._here, self._came = 0, dict.fromkeys(lines, 0), threading.Condition()
         super().__init__(plan, lines)
 
     def agree(self, value: T) -> T:
@@ -223,21 +223,24 @@ class Leader(Several):
         self._tell({"value": value})
         return value
 
-    def meet(self) -> None:
-        """Wait for the others, then tell them; the thread ends this process if one of them is lost."""
-        for _ in range(self.count - 1):
-            self._here.acquire()
-        self.agree(None)
-
     def wish(self, signal: str | None) -> str | None:
         """A signal that reached any process."""
         return signal or self._wished
+
+    def meet(self) -> None:
+        """Wait for the others, and let them go on."""
+        self._met += 1
+        with self._came:
+            self._came.wait_for(lambda: min(self._here.values()) >= self._met)
+        self.agree(None)
 
     def _take(self, index: int, message: Message) -> None:
         if "wish" in message:
             self._wished = self._wished or message["wish"]
         elif "here" in message:
-            self._here.release()
+            with self._came:
+                self._here[index] = message["here"]
+                self._came.notify_all()
         elif message.get("end") == 0:
             self._ended.add(index)
             if len(self._ended) == self.count - 1:
@@ -289,16 +292,12 @@ class Follower(Several):
     def __init__(self, plan: Processes, line: Line, leader: Member) -> None:
         self._values: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._wish: str | None = None
+        self._met = 0
         super().__init__(plan, {0: (line, leader)})
 
     def agree(self, value: T) -> T:
         """What the leader said; if there is no leader any more, the thread ends this process."""
         return self._values.get()
-
-    def meet(self) -> None:
-        """Tell the leader and wait for its word."""
-        self._tell({"here": True})
-        self.agree(None)
 
     def wish(self, signal: str | None) -> str | None:
         """Tell the leader, once."""
@@ -306,6 +305,12 @@ class Follower(Several):
             self._wish = signal
             self._tell({"wish": signal})
         return None
+
+    def meet(self) -> None:
+        """Say so, and wait for the leader's word."""
+        self._met += 1
+        self._tell({"here": self._met})
+        self.agree(None)
 
     def _take(self, index: int, message: Message) -> None:
         if "value" in message:

@@ -23,7 +23,8 @@ def laid_out(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
         UserError: `data` cannot be cut over the slices.
     """
     shape, platform = tuple(sizes.values()), devices[0].platform
-    slices = {device.slice_index for device in devices} if platform == "tpu" else {0}
+    # Devices of a topology that is only compiled for do not say their slice: it is one.
+    slices = {getattr(device, "slice_index", 0) for device in devices} if platform == "tpu" else {0}
     if len(slices) == 1:
         if platform != "tpu":
             devices = sorted(devices, key=lambda device: (device.process_index, device.id))

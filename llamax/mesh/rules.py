@@ -9,11 +9,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llamax.config.files import find, read_yaml
-from llamax.config.mesh import MeshConfig
+from llamax.config.mesh import AXES, MeshConfig
 from llamax.errors import UserError
 from llamax.mesh.layout import laid_out
 
-AXES = ("data", "fsdp", "expert", "tensor")  # from the one that communicates least to the one that does most
 Rules = dict[str, tuple[str, ...]]
 
 
@@ -30,6 +29,11 @@ def load_rules(name: str) -> Rules:
             raise UserError(
                 f"mesh rules {name}: {logical} -> {bad[0]!r} is not a mesh axis; use one of {', '.join(AXES)} or null"
             )
+        if (logical == "batch" and "context" in axes) or (logical != "layers" and "stage" in axes):
+            raise UserError(
+                f"mesh rules {name}: {logical} -> {list(axes)}: context cuts sequences and weights but no batch, stage "
+                "cuts layers alone; change that rule"
+            )
         rules[logical] = axes
     if "batch" not in rules:
         raise UserError(f"mesh rules {name}: batch has no rule; add `batch: [data, fsdp, expert]`")
@@ -37,7 +41,7 @@ def load_rules(name: str) -> Rules:
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The device mesh with axes AXES, laid out as layout.py says; -1 becomes the devices the others leave.
+    """The device mesh with the axes AXES, laid out as layout.py says; -1 becomes the devices the others leave.
 
     Without a -1 a single process uses as many of its devices as asked for.
 
@@ -45,7 +49,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         UserError: more devices asked for than there are, or a number that -1 cannot complete.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {axis: getattr(config, axis) for axis in AXES}
+    sizes = config.sizes
     fixed = 1
     for size in sizes.values():
         fixed *= size if size > 0 else 1
@@ -130,6 +134,14 @@ def shardings(tree: Any, model: Any, rules: Rules, mesh: Mesh) -> Any:
 def batch_sharding(rules: Rules, mesh: Mesh, leading: int = 0) -> NamedSharding:
     """The sharding of [*leading, batch, ...]: the batch axis over its mesh axes."""
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, rules["batch"]))
+
+
+def stream_sharding(rules: Rules, mesh: Mesh, sequence: tuple[str, ...], batch: tuple[str, ...] = ()) -> NamedSharding:
+    """The sharding of [batch, seq, ...]: the batch as always and over the mesh axes `batch`, the sequence over
+    `sequence`."""
+    over = tuple(axis for axis in sequence if mesh.shape[axis] > 1)
+    rows = (*rules["batch"], *batch)
+    return NamedSharding(mesh, PartitionSpec(rows, over) if over else PartitionSpec(rows))
 
 
 def batch_ways(rules: Rules, mesh: Mesh) -> int:

@@ -98,24 +98,29 @@ class DecoderBlock(nnx.Module):
         """(the stream after this block, what `attention` gave besides its output, statistics of the other parts)."""
         found: Statistics = {}
 
+        def attend(y: Array) -> tuple[Array, Aside]:
+            out, aside = attention(execution.enter(y))
+            return execution.leave(out), aside
+
         def mlp(y: Array) -> Array:
-            return _feed("mlp", self.mlp, y, execution, found)
+            return execution.leave(_feed("mlp", self.mlp, execution.enter(y), execution, found))
 
         if self.config.residual == "parallel":
             y = self.attention_norm(x)
-            a, aside = attention(y)
+            a, aside = attend(y)
             return x + self._branch(a) + self._branch(mlp(y)), aside, found
         if self.config.placement == "post":
-            a, aside = attention(x)
+            a, aside = attend(x)
             y = self.attention_norm(x + a)
             return self.mlp_norm(y + mlp(y)), aside, found
         sandwich = self.config.placement == "sandwich"
-        a, aside = attention(self.attention_norm(x))
+        a, aside = attend(self.attention_norm(x))
         y = x + self._branch(self.attention_out_norm(a) if sandwich else a)
         m = mlp(self.mlp_norm(y))
         out = y + self._branch(self.mlp_out_norm(m) if sandwich else m)
         if self.config.branch is not None:
-            out = out + self._branch(_feed("branch", self.branch, self.branch_norm(x), execution, found))
+            y = execution.enter(self.branch_norm(x))
+            out = out + self._branch(execution.leave(_feed("branch", self.branch, y, execution, found)))
         return out, aside, found
 
     def _branch(self, y: Array) -> Array:

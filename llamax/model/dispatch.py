@@ -25,7 +25,8 @@ class Layout(NamedTuple):
     """Picks (token t's j-th choice is pick t k + j) sorted by expert.
 
     `order`: the pick at each sorted position; `rank`: each pick's place among its expert's; `starts` and `sizes`: where
-    an expert's picks start and how many they are.
+    an expert's picks start and how many they are; `fullest`: the most any has. `label`: what a round has to know of
+    each pick, if anything.
     """
 
     order: Int[Array, " picks"]
@@ -33,6 +34,8 @@ class Layout(NamedTuple):
     rank: Int[Array, " picks"]
     starts: Int[Array, " experts"]
     sizes: Int[Array, " experts"]
+    fullest: Int[Array, ""]
+    label: Int[Array, " picks"] | None = None
 
 
 def layout_of(chosen: Int[Array, "tokens top_k"], experts: int) -> Layout:
@@ -42,7 +45,7 @@ def layout_of(chosen: Int[Array, "tokens top_k"], experts: int) -> Layout:
     place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=jnp.int32), unique_indices=True)
     sizes = jnp.sum(picks[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
     starts = jnp.cumsum(sizes) - sizes
-    return Layout(order, picks, place - starts[picks], starts, sizes)
+    return Layout(order, picks, place - starts[picks], starts, sizes, sizes.max())
 
 
 def widths(picks: int, experts: int) -> tuple[int, int]:
@@ -55,13 +58,15 @@ def widths(picks: int, experts: int) -> tuple[int, int]:
 class Round(NamedTuple):
     """Slots [experts x width] that hold each expert's picks from the `first` on, as indices both ways.
 
-    `pick` of a slot, `filled` where the slot has one; `slot` of a pick, `here` where the pick is in this round.
+    `pick` of a slot, `filled` where the slot has one; `slot` of a pick, `here` where the pick is in this round; `label`
+    of a slot's pick.
     """
 
     pick: Int[Array, " slots"]
     filled: Array
     slot: Int[Array, " picks"]
     here: Array
+    label: Int[Array, " slots"] | None
 
 
 def round_of(layout: Layout, first: Array | int, width: int) -> Round:
@@ -71,7 +76,8 @@ def round_of(layout: Layout, first: Array | int, width: int) -> Round:
     pick = layout.order[jnp.minimum(position, layout.order.size - 1)].reshape(-1)
     slot = layout.experts * width + layout.rank - first
     here = (layout.rank >= first) & (layout.rank < first + width)
-    return Round(pick, (place < layout.sizes[:, None]).reshape(-1), jnp.where(here, slot, 0), here)
+    label = None if layout.label is None else layout.label[pick]
+    return Round(pick, (place < layout.sizes[:, None]).reshape(-1), jnp.where(here, slot, 0), here, label)
 
 
 @jax.custom_vjp
@@ -139,13 +145,12 @@ def _rest(part: Callable[[Round], Any], total: Any, layout: Layout) -> Any:
     first, width = widths(layout.order.size, layout.sizes.size)
     if first >= layout.order.size:
         return total
-    fullest = layout.sizes.max()
 
     def step(carry: tuple[Array, Any]) -> tuple[Array, Any]:
         start, total = carry
         return start + width, jax.tree.map(jnp.add, total, part(round_of(layout, start, width)))
 
-    return jax.lax.while_loop(lambda carry: carry[0] < fullest, step, (jnp.int32(first), total))[1]
+    return jax.lax.while_loop(lambda carry: carry[0] < layout.fullest, step, (jnp.int32(first), total))[1]
 
 
 def _rounds_forward(one: OneRound, operands: Any, layout: Layout) -> tuple[Array, Any]:

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 
 class Host(NamedTuple):
-    """What a kernel's rule reads of a mesh: the maker's platform, the least compute capability, how many devices."""
+    """What a kernel's rule reads of a mesh: the maker's platform, the least compute capability, how many devices, and
+    whether sequences or layers are cut over them."""
 
     platform: str
     capability: float
     devices: int
+    cut: bool = False
 
 
 # cudnn: flash attention through jax.nn, which partitions itself over batch and heads; bfloat16 from Ampere on.
+# Over cut sequences attention has its own blocks (context.py), and what cuDNN is given for stages side by side, under
+# jax.vmap, does not partition over them.
 # splash: TPU flash attention (Pallas); a Pallas call does not partition itself, so flash.py does it by hand.
 RULES: dict[str, Callable[[Host], bool]] = {
-    "cudnn": lambda host: host.platform == "cuda" and host.capability >= 8.0,
-    "splash": lambda host: host.platform == "tpu",
+    "cudnn": lambda host: host.platform == "cuda" and host.capability >= 8.0 and not host.cut,
+    "splash": lambda host: host.platform == "tpu" and not host.cut,
 }
 
 
-def host_of(devices: Iterable[Any]) -> Host:
-    """The host of JAX `devices`, which are of one kind."""
+def host_of(devices: Iterable[Any], axes: Mapping[str, int] | None = None) -> Host:
+    """The host of JAX `devices`, which are of one kind, in a mesh with these sizes of its axes."""
     devices = list(devices)
     first = devices[0]
     gpu = first.platform == "gpu"
     platform = ("rocm" if "rocm" in first.client.platform_version else "cuda") if gpu else first.platform
     capability = min(float(device.compute_capability) for device in devices) if platform == "cuda" else 0.0
-    return Host(platform, capability, len(devices))
+    cut = any((axes or {}).get(axis, 1) > 1 for axis in ("context", "stage"))
+    return Host(platform, capability, len(devices), cut)
 
 
 def kernels_for(host: Host, asked: Literal["auto", "none"] = "auto") -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from llamax.model.statistics import LayerStatistics, add_module
 from llamax.model.transformer import Transformer
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9, 10))
 def cross_entropy(
     x: Float[Array, "batch seq d_model"],
     w: Float[Array, "d_model vocab"],
@@ -26,24 +26,27 @@ def cross_entropy(
     chunk: int,
     compute: str,
     scale: float | None = None,
+    ways: int = 1,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(sum of weighted -log p, sum of weighted z_loss x log(Z)^2), in nats, `chunk` positions of logits at a time.
 
-    Logits are (x w + bias) scale, capped at softcap tanh(logit / softcap).
+    Logits are (x w + bias) scale, capped at softcap tanh(logit / softcap). A chunk has equal parts of each of `ways`
+    parts of a sequence: where these are on several devices, each has its share of every chunk.
 
     z-loss is PaLM's (arXiv:2204.02311). Differentiated, the gradients of x, w and bias are formed in the same pass over
     the chunks, so logits are computed once and never stored: differentiate the sum of the two, never one alone.
     """
-    sums, _ = _scan(x, w, bias, targets, weights, z_loss, softcap, chunk, compute, scale, gradients=False)
+    sums, _ = _scan(x, w, bias, targets, weights, z_loss, softcap, chunk, compute, scale, ways, gradients=False)
     return sums
 
 
-def _scan(x, w, bias, targets, weights, z_loss, softcap, chunk, compute, scale, gradients):  # type: ignore[no-untyped-def]
+def _scan(x, w, bias, targets, weights, z_loss, softcap, chunk, compute, scale, ways, gradients):  # type: ignore[no-untyped-def]
     batch, seq, d = x.shape
     parts = seq // chunk
 
     def split(a: Array) -> Array:
-        return jnp.moveaxis(a.reshape(batch, parts, chunk, *a.shape[2:]), 1, 0)
+        pieces = a.reshape(batch, ways, parts, chunk // ways, *a.shape[2:])
+        return jnp.moveaxis(pieces, 2, 0).reshape(parts, batch, chunk, *a.shape[2:])
 
     dtype = jnp.dtype(compute)
     w = w.astype(dtype)
@@ -84,15 +87,16 @@ def _scan(x, w, bias, targets, weights, z_loss, softcap, chunk, compute, scale, 
     else:
         (sums, dw, db), dx = jax.lax.scan(body, ((zero, zero), dw, db), parts_of)
     if gradients:
-        dx = jnp.moveaxis(dx, 0, 1).reshape(batch, seq, d)
+        pieces = dx.reshape(parts, batch, ways, chunk // ways, d)
+        dx = jnp.moveaxis(pieces, 0, 2).reshape(batch, seq, d)
     return sums, (dx, dw, db)
 
 
-def _forward(x, w, bias, targets, weights, z_loss, softcap, chunk, compute, scale):  # type: ignore[no-untyped-def]
-    return _scan(x, w, bias, targets, weights, z_loss, softcap, chunk, compute, scale, gradients=True)
+def _forward(x, w, bias, targets, weights, z_loss, softcap, chunk, compute, scale, ways):  # type: ignore[no-untyped-def]
+    return _scan(x, w, bias, targets, weights, z_loss, softcap, chunk, compute, scale, ways, gradients=True)
 
 
-def _backward(softcap, chunk, compute, scale, saved, g):  # type: ignore[no-untyped-def]
+def _backward(softcap, chunk, compute, scale, ways, saved, g):  # type: ignore[no-untyped-def]
     # The saved gradients are of nll + z together: the two sums are always added with equal weight.
     dx, dw, db = saved
     return ((dx * g[0]).astype(dx.dtype), dw * g[0], None if db is None else db * g[0], None, None, None)
@@ -101,11 +105,12 @@ def _backward(softcap, chunk, compute, scale, saved, g):  # type: ignore[no-unty
 cross_entropy.defvjp(_forward, _backward)
 
 
-def chunk_length(seq: int, batch: int, loss_chunk: int | None) -> int:
-    """The largest divisor of `seq` whose positions over `batch` rows hold at most `loss_chunk` tokens (at least 1)."""
+def chunk_length(seq: int, batch: int, loss_chunk: int | None, ways: int = 1) -> int:
+    """The largest divisor of `seq` whose positions over `batch` rows hold at most `loss_chunk` tokens, a multiple of
+    `ways` (and at least that)."""
     if loss_chunk is None:
         return seq
-    return max((c for c in range(1, seq + 1) if seq % c == 0 and c * batch <= loss_chunk), default=1)
+    return max((c for c in range(ways, seq + 1, ways) if seq % c == 0 and c * batch <= loss_chunk), default=ways)
 
 
 def next_token_loss(
@@ -126,6 +131,7 @@ def next_token_loss(
     if segments is not None:
         mask = mask * (segments[:, 1:] == segments[:, :-1])
         segments = segments[:, :-1]
+    inputs, targets, mask, segments = jax.tree.map(execution.held, (inputs, targets, mask, segments))
     x, statistics = model.features(inputs, segments, execution)
     nats, z = head_loss(model, x, targets, mask, z_loss, loss_chunk, execution)
     return nats, z, mask.sum(), statistics
@@ -154,17 +160,20 @@ def training_losses(
     Module k (from 1) at position t reads the embedding of token t + k and predicts token t + 1 + k. Sequences keep
     their length; the last k positions, which have no target, count nothing, and no position before sees them.
     """
-    inside = None if segments is None else segments[:, :-1]
-    x, statistics = model.features(tokens[:, :-1], inside, execution)
-    weights = target_weights(tokens, segments, 0)
-    nats, z = head_loss(model, x, tokens[:, 1:], weights, z_loss, loss_chunk, execution)
+    inside = None if segments is None else execution.held(segments[:, :-1])
+
+    def loss(x: Array, k: int, z_loss: Array) -> tuple[Array, Array]:
+        targets, weights = _ahead(tokens, k + 1), target_weights(tokens, segments, k)
+        return head_loss(model, x, execution.held(targets), execution.held(weights), z_loss, loss_chunk, execution)
+
+    x, statistics = model.features(execution.held(tokens[:, :-1]), inside, execution)
+    nats, z = loss(x, 0, z_loss)
     modules = []
     for k in range(1, model.config.mtp + 1):
         further = execution.checkpoint(lambda m, x, t, k=k: m.further(k - 1, x, t, inside, execution))
-        x, report = further(model, x, _ahead(tokens, k))
+        x, report = further(model, x, execution.held(_ahead(tokens, k)))
         statistics = add_module(statistics, f"mtp.{k - 1}.block", report)
-        weights, targets = target_weights(tokens, segments, k), _ahead(tokens, k + 1)
-        modules.append(head_loss(model, x, targets, weights, jnp.float32(0.0), loss_chunk, execution)[0])
+        modules.append(loss(x, k, jnp.float32(0.0))[0])
     return Losses(nats, z, tuple(modules), statistics)
 
 
@@ -197,7 +206,9 @@ def head_loss(
     """`cross_entropy` of the model's head on a normed stream x."""
     head = model.config.head
     bias = model.head_bias[...] if head.bias else None
-    chunk = chunk_length(x.shape[1], x.shape[0], loss_chunk)
+    ways = 1 if execution.context is None else execution.context.ways
+    chunk = chunk_length(x.shape[1], x.shape[0], loss_chunk, ways)
+    x = execution.to_head(x)
     return cross_entropy(
-        x, model.head_weight, bias, targets, weights, z_loss, head.softcap, chunk, execution.plain, head.scale
+        x, model.head_weight, bias, targets, weights, z_loss, head.softcap, chunk, execution.plain, head.scale, ways
     )

@@ -8,13 +8,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from llamax.config.components import Init, LatentAttention, Position, Rope
-from llamax.model.attention import Logits, Sight, attend, attention, visible, whole
+from llamax.model.attention import attend, attention
 from llamax.model.cache import Latents, Slot, Step, extend
 from llamax.model.execution import Execution
 from llamax.model.indexer import Indexer, choose, divergence, selection
 from llamax.model.linear import contract, weight
 from llamax.model.norm import Normalize
 from llamax.model.position import logit_scale, rotate
+from llamax.model.scores import Logits, Sight, visible, whole
 from llamax.model.statistics import Statistics
 
 
@@ -73,7 +74,13 @@ class MultiHeadLatentAttention(nnx.Module):
         k, v = self._keys(self._latents(x, table, execution), execution)
         sight, statistics = Sight(segments=segments), {}
         if self.config.indexer is not None:
-            index = self.indexer.scores(x, read, self.indexer.keys(x, table, execution), table, execution)
+            index_keys = self.indexer.keys(x, table, execution)
+            if execution.context is not None:  # what is chosen differs by query: every device has all keys, in order
+                k, v, index_keys = (execution.whole(a) for a in (k, v, index_keys))
+                positions = jnp.broadcast_to(execution.positions(x.shape[1]), x.shape[:2])
+                ids = None if segments is None else execution.whole(segments)
+                sight = Sight(positions, segments=segments, key_segments=ids)
+            index = self.indexer.scores(x, read, index_keys, table, execution)
             keep, _ = visible(whole(x.shape[1], x.shape[1]), sight)
             selected = selection(index, keep, self.config.indexer.top_k)
             statistics["indexer"] = divergence(q, k, index, selected, self.logits.scale, execution.plain)

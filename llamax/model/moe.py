@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Key
 
 from llamax.config.components import Init, MoeMlp
 from llamax.model.dispatch import Round, batched, collect, in_rounds, layout_of, spread
+from llamax.model.exchange import Matrices, TokenAxes, exchange, on_own_tokens
 from llamax.model.execution import Execution
 from llamax.model.linear import DOT, contract, parameter, weight
 from llamax.model.mlp import FeedForward, activate
@@ -46,13 +47,11 @@ class MixtureOfExperts(nnx.Module):
 
         Where the router has a bias the statistics have its `load` [experts] too, which the balancing rule reads.
         """
-        tokens = x.reshape(-1, x.shape[-1])
         # float32 at full precision whatever `compute` says: near ties decide which experts run.
         router = self.router[...].astype(jnp.float32)
-        logits = jnp.matmul(tokens.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
-        bias = self.router_bias[...].astype(jnp.float32) if self.config.router.bias else None
-        choice = route(logits, self.config.router, self.config.top_k, bias)
-        out = self._experts(tokens, choice, execution).reshape(x.shape)
+        logits = jnp.matmul(x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
+        out, choice = self._experts(x, logits, execution)
+        logits = logits.reshape(-1, self.config.experts)
         if self.config.shared is not None:
             out = out + self._shared(x, execution)
         statistics = router_statistics(logits, choice, sequences=x.shape[0])
@@ -66,28 +65,111 @@ class MixtureOfExperts(nnx.Module):
             return out
         return jax.nn.sigmoid(contract(x, self.shared_gate[...], 1, execution.plain)) * out
 
-    def _experts(self, tokens: Array, choice: Choice, execution: Execution) -> Array:
-        """Sum of the chosen experts' outputs, each times its weight."""
+    def _experts(self, x: Array, logits: Array, execution: Execution) -> tuple[Array, Choice]:
+        """(the sum of the chosen experts' outputs, each times its weight, the choice)."""
         names = ("up", "down", "gate") if self.config.expert.gated else ("up", "down")
         matrices = {name: getattr(self, name)[...] for name in names}
-        layout = layout_of(choice.experts, self.config.experts)
-        one = functools.partial(_one_round, self.config, execution.plain)
-        return in_rounds(one, (tokens, choice.weights, matrices), layout).astype(tokens.dtype)
+        bias = self.router_bias[...].astype(jnp.float32) if self.config.router.bias else None
+        routed = functools.partial(_routed, self.config, execution.plain, execution.tokens)
+        if execution.tokens is None:
+            tokens, logits = (a.reshape(-1, a.shape[-1]) for a in (x, logits))
+            out, choice = routed(tokens, logits, bias, matrices)
+        else:
+            out, choice = on_own_tokens(routed, x, logits, bias, matrices, execution.tokens)
+        return out.reshape(x.shape), choice
 
 
-def _one_round(config: MoeMlp, compute: str, operands: tuple[Array, Array, dict[str, Array]], moves: Round) -> Array:
+def _routed(
+    config: MoeMlp,
+    compute: str,
+    axes: TokenAxes | None,
+    tokens: Float[Array, "tokens d_model"],
+    logits: Float[Array, "tokens experts"],
+    bias: Float[Array, " experts"] | None,
+    matrices: Matrices,
+) -> tuple[Float[Array, "tokens d_model"], Choice]:
+    choice = route(logits, config.router, config.top_k, bias)
+    experts = _here if axes is None or not axes.experts else functools.partial(_there, axes)
+    return experts(config, compute, tokens, choice.weights, choice.experts, matrices), choice
+
+
+Operands = tuple[Float[Array, "tokens d_model"], Float[Array, "tokens top_k"], Matrices]
+
+
+def _here(config: MoeMlp, compute: str, tokens: Array, weights: Array, chosen: Array, matrices: Matrices) -> Array:
+    """All experts on this device."""
+    layout = layout_of(chosen, config.experts)
+    one = functools.partial(_one_round, config, compute)
+    return in_rounds(one, (tokens, weights, matrices), layout).astype(tokens.dtype)
+
+
+def _there(
+    axes: TokenAxes, config: MoeMlp, compute: str, tokens: Array, weights: Array, chosen: Array, matrices: Matrices
+) -> Array:
+    """Picks go to the devices that hold their experts, a device's experts side by side, and results come back.
+
+    A device takes the place that an expert has in `_here`: it has its even share of slots and a little more, and what
+    does not fit goes in further rounds. All devices do as many as the one that needs most.
+    """
+    local = matrices["up"].shape[0]
+    layout = layout_of(chosen // local, config.experts // local)
+    layout = layout._replace(fullest=jax.lax.pmax(layout.fullest, axes.names), label=chosen.reshape(-1) % local)
+    one = functools.partial(_one_exchange, config, compute, axes.experts)
+    return in_rounds(one, (tokens, weights, matrices), layout).astype(tokens.dtype)
+
+
+def _one_round(config: MoeMlp, compute: str, operands: Operands, moves: Round) -> Array:
     """What the picks of one round add to the output [tokens, d_model], in float32."""
     tokens, weights, matrices = operands
+    return _joined(config, _through(config, compute, _sent(config, tokens, weights, moves), matrices), weights, moves)
+
+
+def _one_exchange(config: MoeMlp, compute: str, axis: tuple[str, ...], operands: Operands, moves: Round) -> Array:
+    """The same for experts on the devices of `axis`, whose slots `moves` has."""
+    tokens, weights, matrices = operands
+    local = matrices["up"].shape[0]
+    parts = config.experts // local, -1
+    assert moves.label is not None
+    experts = jnp.where(moves.filled, moves.label, local).reshape(parts)  # `local`: an empty slot
+    theirs = jax.lax.all_to_all(experts, axis, 0, 0)
+    send, receive = ((e < local).sum(1, dtype=jnp.int32) for e in (experts, theirs))
+    arrived = exchange(_sent(config, tokens, weights, moves).reshape(*parts, tokens.shape[-1]), send, receive, axis)
+    layout = layout_of(theirs.reshape(-1, 1), local)
+    layout = layout._replace(rank=jnp.where(layout.experts < local, layout.rank, 2 * layout.rank.size))  # in no round
+    rows = arrived.reshape(-1, tokens.shape[-1]), matrices
+    out = in_rounds(functools.partial(_one_arrival, config, compute), rows, layout)
+    back = exchange(out.reshape(arrived.shape), receive, send, axis)
+    return _joined(config, back.reshape(-1, tokens.shape[-1]), weights, moves)
+
+
+def _one_arrival(config: MoeMlp, compute: str, operands: tuple[Array, Matrices], moves: Round) -> Array:
+    """The outputs of rows that arrived, in their places; 0 for those of other rounds."""
+    rows, matrices = operands
+    return collect(_through(config, compute, spread(rows, moves), matrices), moves)
+
+
+def _sent(config: MoeMlp, tokens: Array, weights: Array, moves: Round) -> Array:
+    """The row of every slot, as its expert reads it."""
+    rows = spread(tokens, moves)
+    if config.router.weigh == "output":
+        return rows
+    return (rows * spread(weights.reshape(-1, 1), moves)).astype(tokens.dtype)
+
+
+def _through(config: MoeMlp, compute: str, rows: Array, matrices: Matrices) -> Array:
+    """Rows [experts x slots, d_model] through their experts."""
 
     def product(rows: Array, name: str) -> Array:
         return checkpoint_name(batched(rows, matrices[name], compute), DOT)
 
-    rows = spread(tokens, moves)
-    if config.router.weigh == "input":
-        rows = (rows * spread(weights.reshape(-1, 1), moves)).astype(tokens.dtype)
-    rows = rows.reshape(config.experts, -1, tokens.shape[-1])
+    width = rows.shape[-1]
+    rows = rows.reshape(matrices["up"].shape[0], -1, width)
     gate = product(rows, "gate") if config.expert.gated else None
-    out = product(activate(config.expert, product(rows, "up"), gate), "down")
-    picked = collect(out.reshape(-1, tokens.shape[-1]), moves).reshape(*weights.shape, -1)
+    return product(activate(config.expert, product(rows, "up"), gate), "down").reshape(-1, width)
+
+
+def _joined(config: MoeMlp, slots: Array, weights: Array, moves: Round) -> Array:
+    """The sum over a token's picks of what their slots hold, weighed, in float32."""
+    picked = collect(slots, moves).reshape(*weights.shape, -1)
     scales = weights if config.router.weigh == "output" else jnp.ones_like(weights)
     return jnp.sum(picked * scales[..., None], axis=1, dtype=jnp.float32)

@@ -45,4 +45,4 @@ class PredictionModule(nnx.Module):
         both = jnp.concatenate([self.embed_norm(embedded), self.stream_norm(stream)], axis=-1)
         x = contract(both, self.project[...], 1, execution.compute)
         x, statistics = self.block(x, table, segments, execution)
-        return self.norm(execution.place(x)), statistics
+        return execution.enter(self.norm(execution.place(x))), statistics

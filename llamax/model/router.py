@@ -15,12 +15,13 @@ Logits = Float[Array, "tokens experts"]
 
 
 class Choice(NamedTuple):
-    """`experts` [tokens, top_k] with their `weights`, and the `affinities` [tokens, experts], which sum to one a token
-    and which balance losses read."""
+    """`experts` [tokens, top_k] with their `weights`, and the `affinities` [tokens, experts], which sum to one a token,
+    with the experts that have the `largest`: both for balance losses."""
 
     weights: Float[Array, "tokens top_k"]
     experts: Int[Array, "tokens top_k"]
     affinities: Float[Array, "tokens experts"]
+    largest: Int[Array, "tokens top_k"]
 
 
 def route(logits: Logits, router: Router, top_k: int, bias: Float[Array, " experts"] | None = None) -> Choice:
@@ -43,7 +44,11 @@ def route(logits: Logits, router: Router, top_k: int, bias: Float[Array, " exper
     weights = jnp.take_along_axis(scores, experts, axis=-1)
     if router.normalize:
         weights = weights / weights.sum(-1, keepdims=True) if router.score == "softmax" else _shares(weights)
-    return Choice(weights * router.scale, experts, affinities)
+    return Choice(weights * router.scale, experts, affinities, _largest(affinities, top_k))
+
+
+def _largest(affinities: Array, top_k: int) -> Array:
+    return jax.lax.top_k(jax.lax.stop_gradient(affinities), top_k)[1]
 
 
 def _shares(scores: Array) -> Array:
@@ -79,7 +84,8 @@ def _sparsemixer(logits: Array, jitter: float) -> Choice:
         weights.append(jnp.take_along_axis(shares, winner, axis=-1))
         chosen.append(winner)
         left = jnp.where(jnp.arange(logits.shape[-1]) == winner, -jnp.inf, left)
-    return Choice(jnp.concatenate(weights, -1), jnp.concatenate(chosen, -1), jax.nn.softmax(logits, axis=-1))
+    affinities = jax.nn.softmax(logits, axis=-1)
+    return Choice(jnp.concatenate(weights, -1), jnp.concatenate(chosen, -1), affinities, _largest(affinities, 2))
 
 
 # ---------------------------------------------------------------- statistics
@@ -97,7 +103,7 @@ def router_statistics(logits: Logits, choice: Choice, sequences: int = 1) -> Sta
     entropy = -jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.where(share > 0, share, 1.0)), 0.0))
     return {
         "balance": experts * jnp.sum(jax.lax.stop_gradient(share) * choice.affinities.mean(0)),
-        "sequence_balance": sequence_balance(choice.affinities, choice.experts.shape[-1], sequences),
+        "sequence_balance": sequence_balance(choice.affinities, choice.largest, sequences),
         "z": jnp.mean(jnp.square(jax.nn.logsumexp(logits, axis=-1))),
         "entropy": entropy / jnp.log(jnp.float32(max(experts, 2))),
         "dead": jnp.sum(counts == 0).astype(jnp.float32),
@@ -110,14 +116,15 @@ def load(chosen: Int[Array, "tokens top_k"], experts: int) -> Float[Array, " exp
     return jnp.zeros(experts).at[chosen.reshape(-1)].add(1.0)
 
 
-def sequence_balance(affinities: Float[Array, "tokens experts"], top_k: int, sequences: int) -> Float[Array, ""]:
+def sequence_balance(
+    affinities: Float[Array, "tokens experts"], largest: Int[Array, "tokens top_k"], sequences: int
+) -> Float[Array, ""]:
     """DeepSeek-V3's complementary balance loss without its factor (arXiv:2412.19437, eq. 17-20): 1 when uniform.
 
     In each of the `sequences` equal parts of the tokens, sum_e f_e P_e with P the mean affinity and f = E / (K T) times
-    the tokens that have e among their K largest affinities, bias and groups left aside as the paper's eq. 18 does.
+    the tokens that have e among their K `largest` affinities, bias and groups left aside as the paper's eq. 18 does.
     """
-    experts = affinities.shape[-1]
+    experts, top_k = affinities.shape[-1], largest.shape[-1]
     inside = affinities.reshape(sequences, -1, experts)
-    _, largest = jax.lax.top_k(jax.lax.stop_gradient(inside), top_k)
-    picks = jax.nn.one_hot(largest, experts).sum(2)
+    picks = jax.nn.one_hot(largest.reshape(sequences, -1, top_k), experts).sum(2)
     return jnp.mean(jnp.sum(experts / top_k * picks.mean(1) * inside.mean(1), axis=-1))

@@ -18,6 +18,7 @@ LOAD = "load"
 def join_statistics(stacks: Sequence[Sequence[Mapping[str, Any]]]) -> LayerStatistics:
     """The reports of all layers as one flat dict, from one report [repeat] a member of every stack's unit.
 
+    Where the layers are cut into stages the reports have a leading axis of microbatches, all but `load`; it stays.
     A scalar becomes name -> [layers that report it], in layer order whichever part of the block it comes from. `load`,
     whose width differs by layer, stays with the module it is of: `load.stacks.0.blocks.1.mlp` -> [repeat, experts].
     """
@@ -33,8 +34,9 @@ def join_statistics(stacks: Sequence[Sequence[Mapping[str, Any]]]) -> LayerStati
                 else:
                     here.setdefault(name, []).append(value)
         for name, values in here.items():
-            joined.setdefault(name, []).append(jnp.stack(values, axis=1).reshape(-1))
-    return {name: jnp.concatenate(values) for name, values in joined.items()} | loads
+            by_layer = jnp.stack(values, axis=-1)
+            joined.setdefault(name, []).append(by_layer.reshape(*by_layer.shape[:-2], -1))
+    return {name: jnp.concatenate(values, axis=-1) for name, values in joined.items()} | loads
 
 
 def add_module(joined: LayerStatistics, path: str, report: Mapping[str, Any]) -> LayerStatistics:

@@ -20,6 +20,7 @@ from llamax.model.linear import contract, parameter, weight
 from llamax.model.mtp import PredictionModule
 from llamax.model.norm import Normalize
 from llamax.model.parametrize import gain_layers, parametrize
+from llamax.model.pipeline import through_stages
 from llamax.model.position import PositionTables, position_tables, rotary_kinds, rotary_table
 from llamax.model.statistics import LayerStatistics, Statistics, join_statistics
 
@@ -58,21 +59,24 @@ class Stack(nnx.Module):
         segments: Int[Array, "batch seq"] | None,
         execution: Execution,
     ) -> tuple[Float[Array, "batch seq d_model"], list[Statistics]]:
-        """(x after all repeats, one dict of statistics [repeat] a member of the unit)."""
+        """(x after all repeats, one dict of statistics [repeat] a member of the unit; [microbatch, repeat] where the
+        layers are cut into stages)."""
 
-        def unit(x: Array, blocks: list[DecoderBlock]) -> tuple[Array, list[Statistics]]:
-            statistics = []
-            for block in blocks:
-                table = tables.get((block.config.position, block.config.attention.rotary_width))
-                x, s = block(x, table, segments, execution)
-                x = execution.place(x)
-                statistics.append(s)
-            return x, statistics
+        def layers(x: Array, blocks: list[DecoderBlock], segments: Array | None) -> tuple[Array, list[Statistics]]:
+            def unit(x: Array, blocks: list[DecoderBlock]) -> tuple[Array, list[Statistics]]:
+                statistics = []
+                for block in blocks:
+                    table = tables.get((block.config.position, block.config.attention.rotary_width))
+                    x, s = block(x, table, segments, execution)
+                    x = execution.place(x)
+                    statistics.append(s)
+                return x, statistics
 
-        unit = execution.checkpoint(unit)
-        return jax.lax.scan(
-            unit, x, list(self.blocks), length=self.repeat, unroll=self.repeat if execution.unroll else 1
-        )
+            return jax.lax.scan(execution.checkpoint(unit), x, blocks, unroll=execution.unroll)
+
+        if execution.stages is not None:
+            return through_stages(layers, x, list(self.blocks), segments, execution.stages)
+        return layers(x, list(self.blocks), segments)
 
     def decode(
         self,
@@ -146,8 +150,9 @@ class Transformer(nnx.Module):
         execution: Execution = Execution(),
     ) -> Float[Array, "batch seq vocab"]:
         """Next-token logits in float32; `segments` stops attention between different ids."""
-        x, _ = self.features(tokens, segments, execution)
-        return self.logits(x, execution)
+        segments = None if segments is None else execution.held(segments)
+        x, _ = self.features(execution.held(tokens), segments, execution)
+        return self.logits(execution.natural(x), execution)
 
     def logits(
         self, x: Float[Array, "batch seq d_model"], execution: Execution = Execution()
@@ -175,6 +180,8 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "batch seq d_model"], LayerStatistics]:
         """(final normed residual stream, what the layers report (see `join_statistics`), empty for a dense model).
 
+        Tokens, segments and the stream are in the order in which `execution` holds a sequence (`Execution.held`).
+
         Raises:
             UserError: more tokens than learned positions.
         """
@@ -184,13 +191,14 @@ class Transformer(nnx.Module):
                 f"{seq} tokens exceed the learned positions, model.max_seq_len={config.max_seq_len}; shorten them"
             )
         places = position_tables(config, seq)
-        tables: RotaryTables = dict(zip(rotary_kinds(config), places.rotary, strict=True))
-        x = execution.place(self._placed(self.embed(tokens, execution), jnp.arange(seq), places))
+        rotary = (execution.held(table) for table in places.rotary)
+        tables: RotaryTables = dict(zip(rotary_kinds(config), rotary, strict=True))
+        x = execution.place(self._placed(self.embed(tokens, execution), execution.positions(seq), places))
         reports = []
         for stack in self.stacks:
             x, found = stack(x, tables, segments, execution)
             reports.append(found)
-        return self.norm(x), join_statistics(reports)
+        return execution.enter(self.norm(x)), join_statistics(reports)
 
     def embed(
         self, tokens: Int[Array, "batch seq"], execution: Execution = Execution()
@@ -226,6 +234,7 @@ class Transformer(nnx.Module):
         table = None
         if isinstance(block.position, Rope):
             table = jnp.asarray(rotary_table(block.position, block.attention.rotary_width, tokens.shape[1]))
+            table = execution.held(table)
         return module(stream, self.embed(tokens, execution), table, segments, execution)
 
     def decode(

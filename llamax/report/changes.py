@@ -9,6 +9,7 @@ from llamax.config.run import RunConfig
 from llamax.errors import UserError
 
 BOUND = ("data", "fsdp", "expert")  # axes the batch is cut over
+LOGITS = 512  # tokens of a device whose logits exist at once; fewer, and its head is gathered more often
 
 
 def changes(
@@ -56,8 +57,9 @@ def _settings(config: RunConfig, mesh: dict[str, int]) -> list[tuple[str, dict[s
         ways *= mesh.get(axis, 1)
     found: list[tuple[str, dict[str, Any]]] = []
     most = train.batch_size // ways
-    if train.loss_chunk is None or train.loss_chunk > 2048:
-        found.append(("train.loss_chunk=2048", {"loss_chunk": 2048}))
+    chunk = LOGITS * ways
+    if train.loss_chunk is None or train.loss_chunk > chunk:
+        found.append((f"train.loss_chunk={chunk}", {"loss_chunk": chunk}))
     if train.grad_accumulation < most:
         found.append((f"train.grad_accumulation={most}", {"grad_accumulation": most}))
     if train.activation_dtype == "float32":

@@ -12,6 +12,7 @@ from llamax.accounting.roofline import SENT
 from llamax.report.hlo import Instruction, Program, type_bytes
 
 Group = tuple[int, ...]
+PERMUTATION = "collective-permute"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Collective:
     times: float
     group: Group
     name: str
+    both_ways: bool = False  # a permutation beside its reverse: they use the two directions of links
 
     @property
     def sent(self) -> float:
@@ -39,6 +41,9 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
     found = []
     for computation, times in program.executions.items():
         instructions = program.computations.get(computation, ())
+        permutations = [
+            {pair for pair in _groups(part, 0)} for part in instructions if part.opcode.startswith(PERMUTATION)
+        ]
         sliced = any(part.opcode == "dynamic-slice" for part in instructions) and computation != program.entry
         for part in instructions:
             kind = part.opcode.removesuffix("-start")
@@ -51,7 +56,9 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
             if not axes:
                 continue  # groups of one device each
             whole = _operand_bytes(program, part) * (len(groups[0]) if kind == "all-gather" else 1)
-            found.append(Collective(kind, axes, whole, times, groups[0], part.name))
+            reverse = {(target, source) for source, target in groups} if kind == PERMUTATION else None
+            both = reverse in permutations and reverse != set(groups)
+            found.append(Collective(kind, axes, whole, times, groups[0], part.name, both))
     return found
 
 

@@ -38,6 +38,7 @@ VARYING = (
     "train.",
 )  # sections whose other fields are columns when runs differ
 HEARTBEAT_SECONDS = 180.0
+NAMED = 8  # runs that a warning names
 
 
 def ledger(path: str | Path) -> pd.DataFrame:
@@ -106,14 +107,18 @@ def curves(path: str | Path, *, evals: bool = False) -> pd.DataFrame:
 
 def usable_runs(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """The finished runs of a ledger that a law may be fitted to, and in words which were left out."""
+    import pandas as pd
+
     words = []
     if "stage" not in frame:  # a table of another version, or of somebody else
         frame = frame.assign(stage=None)
     good = (frame["status"] == "done") & (frame["stage"] != "trunk")
     if (~good).any():
         why = frame["status"].where(frame["status"] != "done", "a trunk: its learning rate has not decayed")
-        left = ", ".join(f"{name} ({reason})" for name, reason in zip(frame["run"][~good], why[~good], strict=True))
-        words.append(f"left out of the fit: {left}")
+        names = frame["run"] if "run" in frame else pd.Series([f"row {i}" for i in frame.index], index=frame.index)
+        left = [f"{name} ({reason})" for name, reason in zip(names[~good], why[~good], strict=True)]
+        shown = ", ".join(left[:NAMED]) + (f" and {len(left) - NAMED} more" if len(left) > NAMED else "")
+        words.append(f"left out of the fit: {len(left)} of {len(frame)} rows: {shown}")
     return frame[good], words
 
 

@@ -46,7 +46,7 @@ def plan_of(
     """The whole plan as JSON data. `program` is None where the compiler refused one that does not fit."""
     own = answer["own"]
     mesh: dict[str, int] = dict(answer["mesh"])
-    memory = _memory(config, topology, answer, mesh, own)
+    memory = _memory(config, topology, answer, own)
     found = None if program is None else collectives(program, mesh)
     flops = step_flops(config, answer["remat"])
     length = horizon(config)
@@ -112,29 +112,29 @@ def _origins(own: bool, compiled: bool) -> dict[str, str]:
     }
 
 
-def _memory(
-    config: RunConfig, topology: Topology, answer: Mapping[str, Any], mesh: dict[str, int], own: bool
-) -> dict[str, Any]:
+def _memory(config: RunConfig, topology: Topology, answer: Mapping[str, Any], own: bool) -> dict[str, Any]:
     """Bytes of one device by kind, their sum, and whether it fits."""
     state, program = answer["state"], answer["memory"]
+    kinds = {"weights": state["weights"], "optimizer": state["optimizer"]}
     gradients = state["weights"] * (1 if config.train.grad_accumulation == 1 else 2)
-    kinds = {"weights": state["weights"], "optimizer": state["optimizer"], "gradients": gradients}
-    if own and program is not None:
-        code = program["generated_code"]
-        total = program["argument"] + program["output"] - program["alias"] + program["temp"] + code
-        kinds |= {"workspace": max(total - sum(kinds.values()) - code, 0), "code": code}
-    elif own:
-        total = answer["needed"]
-        kinds["workspace"] = max(total - sum(kinds.values()), 0)
+    if own:
+        code = 0 if program is None else program["generated_code"]
+        total = answer["needed"] if program is None else _program_bytes(program)
+        rest = max(total - sum(kinds.values()) - code, 0)
+        kinds |= {"gradients": min(gradients, rest), "workspace": max(rest - gradients, 0), "code": code}
     else:
-        found = memory_bytes(
-            config.model_copy(update={"train": config.train.model_copy(update={"remat": answer["remat"]})}), True
-        )
-        kinds["workspace"] = int((found["activations"] + found["logits"]) / topology.devices)
+        train = config.train.model_copy(update={"remat": answer["remat"]})
+        found = memory_bytes(config.model_copy(update={"train": train}), flash=True)
+        work = (found["activations"] + found["logits"]) / topology.devices
+        kinds |= {"gradients": gradients, "workspace": int(work)}
         total = sum(kinds.values())
     capacity = topology.kind.memory if topology.kind.platform != "cpu" else None
-    fits = capacity is None or (total <= capacity and (program is not None))
+    fits = program is not None and (capacity is None or total <= capacity)
     return {**kinds, "total": total, "capacity": capacity, "fits": fits}
+
+
+def _program_bytes(program: Mapping[str, int]) -> int:
+    return sum(program[name] for name in ("argument", "output", "temp", "generated_code")) - program["alias"]
 
 
 def _rows(found: list[Collective], places: list[list[int]], topology: Topology) -> list[dict[str, Any]]:
@@ -147,7 +147,8 @@ def _rows(found: list[Collective], places: list[list[int]], topology: Topology) 
         row["sent_bytes"] += one.sent
         if topology.kind.platform != "cpu":
             group = [places[i] for i in one.group]
-            row["seconds"] += one.times * collective_seconds(one.kind, one.bytes, group, topology)
+            seconds = collective_seconds(one.kind, one.bytes, group, topology)
+            row["seconds"] += one.times * seconds / (2 if one.both_ways else 1)
     rows = [{"kind": kind, "axes": list(axes), **row} for (kind, axes), row in merged.items()]
     return sorted(rows, key=lambda row: (-row.get("seconds", 0.0), -row["sent_bytes"]))
 

@@ -8,6 +8,8 @@ layout, on TPUs) cost nothing.
 
 from __future__ import annotations
 
+import re
+
 from llamax.report.hlo import Instruction, Program, type_bytes
 
 # Names for what is somewhere already, and ends of what was counted at its start.
@@ -40,7 +42,10 @@ def _bytes(program: Program, part: Instruction) -> float:
         return 2.0 * _size(operands[1])
     if part.opcode.endswith("-start"):  # its type holds operands and results
         return float(sum(map(_size, operands)) + max(_size(part) - sum(map(_size, operands)), 0))
-    return float(sum(map(_size, operands)) + _size(part))
+    scratch = 0
+    if part.opcode == "custom-call":  # a library's workspace is reserved, not filled
+        scratch = sum(type_bytes(found) for found in re.findall(r"[su]8\[\d+\]\{0\}", part.type))
+    return float(sum(map(_size, operands)) + _size(part) - scratch)
 
 
 def _size(part: Instruction) -> int:

@@ -48,9 +48,9 @@ from llamax.scaling.laws import (
 from llamax.scaling.lawspec import COLUMNS, LawSpec, Parameter
 from llamax.scaling.predict import Prediction, Recommendation, Score, predict, recommend, score
 from llamax.scaling.profile import Profile, profile_law, profile_parametric
+from llamax.scaling.reading import read_table
 from llamax.scaling.register import read_predictions, register, scores
 from llamax.scaling.registry import LAWS, formula_law, law
-from llamax.scaling.table import read_table
 from llamax.scaling.target import Regret, Target, regret, target_approach2, target_parametric
 from llamax.scaling.traces import annealing_columns, power_columns
 from llamax.scaling.transfer import Shift, lr_optima, lr_shift, transfer_summary

@@ -147,18 +147,34 @@ def resample_counts(frame: pd.DataFrame, draws: int, rng: np.random.Generator) -
 
 
 def bootstrap_approach2(
-    frame: pd.DataFrame, draws: int, rng: np.random.Generator, vertex: Vertex = "parabola"
+    frame: pd.DataFrame,
+    draws: int,
+    rng: np.random.Generator,
+    vertex: Vertex = "parabola",
+    *,
+    seed_noise: float | None = None,
 ) -> Approach2Draws:
-    """Repeat the whole of approach 2, dropping of budgets included, on `draws` resamples within budgets."""
+    """Repeat the whole of approach 2, dropping of budgets included, on `draws` resamples within budgets.
+
+    With `seed_noise`, a size in log loss, no run is drawn or left out: every draw gives each run the mean log loss of
+    the runs of its budget and size with normal noise of that size, whatever curve the valley is.
+    """
     frame = frame.reset_index(drop=True)
-    counts = resample_counts(frame, draws, rng)
+    losses = np.broadcast_to(frame["loss"].to_numpy(float), (draws, len(frame)))
+    if seed_noise is None:
+        counts = resample_counts(frame, draws, rng)
+    else:
+        counts = np.ones((draws, len(frame)))
+        cell = [frame["budget"], np.round(np.log(frame["n"]), 6)]
+        mean = np.log(frame["loss"]).groupby(cell).transform("mean").to_numpy()
+        losses = np.exp(mean + seed_noise * rng.normal(size=counts.shape))
     groups = by_budget(frame)
     log_c = np.log([np.exp(np.log(rows["flops"]).mean()) for _, rows in groups])
     lines: dict[str, PowerLaw] = {}
     usable, degenerate = np.ones(draws, bool), {}
     for axis in ("n", "d"):
         valleys = [
-            fit_valleys(np.log(rows[axis].to_numpy(float)), rows["loss"].to_numpy(float), counts[:, rows.index], vertex)
+            fit_valleys(np.log(rows[axis].to_numpy(float)), losses[:, rows.index], counts[:, rows.index], vertex)
             for _, rows in groups
         ]
         valid = np.stack([v.interior for v in valleys], axis=1)

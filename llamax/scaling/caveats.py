@@ -1,5 +1,6 @@
 """What a reader should know of the runs behind a fit, in words: schedules, repeats, undertraining, replicates."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ UNDERTRAINED = 30.0  # tokens per parameter this many times below the optimum at
 FEW_GROUPS = 10
 FAR = 10.0  # times the compute measured
 NARROW_DECADES = 1.5
+CHECKPOINTS = 8  # lengths a size, from which on they look like checkpoints
+RUN_NAMES = ("run", "run_id", "run_name", "name", "id", "model", "model_name", "experiment", "hash")
 FEWEST_DRAWS = 10  # of an interval (`bootstrap.interval`)
 
 
@@ -34,6 +37,30 @@ def run_words(frame: pd.DataFrame, epochs: str | None = None) -> list[str]:
     if "status" in frame and (frame["status"].isin(["diverged", "unfinished"])).any():
         words.append("some runs diverged or did not finish: leave them out")
     return words
+
+
+def checkpoint_words(frame: pd.DataFrame, columns: Mapping[str, str | None]) -> list[str]:
+    """A warning where rows look like checkpoints of one run and no column says which are: of one size, many lengths.
+
+    `columns`: names in `frame` of n, d (or flops) and run, None where there is none.
+    """
+    size, length = columns.get("n"), columns.get("d") or columns.get("flops")
+    if columns.get("run") or size is None or length is None or not {size, length} <= set(frame):
+        return []
+    what = "resamples take them for independent, which makes intervals too narrow, and a run's middle is not its end"
+    by_name = {str(name).lower(): str(name) for name in frame}
+    for label in (by_name[name] for name in RUN_NAMES if name in by_name):
+        rows = frame.groupby(label)
+        several = rows[length].nunique() > 1
+        if label not in (size, length) and several.mean() > 0.5 and (rows[size].nunique() == 1).all():
+            return [f"rows that share {label!r} look like checkpoints of one run: {what}; name it: --group {label}"]
+    lengths = frame.groupby(size)[length].nunique()
+    if lengths.mean() >= CHECKPOINTS:
+        return [
+            f"{len(lengths)} sizes have {lengths.mean():.0f} lengths each: if these are checkpoints of one run, "
+            f"{what}; name the run: --group COLUMN"
+        ]
+    return []
 
 
 def undertrained_words(runs: pd.DataFrame, law: Law, cost: Cost) -> list[str]:

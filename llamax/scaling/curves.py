@@ -220,7 +220,7 @@ def collapse_curves(
     start: Scalar = 0.1,
     convention: str = "6n",
 ) -> Collapse:
-    """Collapse of compute-optimal runs after Qiu et al. 2025 (arXiv:2507.02119, section 3).
+    """Collapse of compute-optimal runs after Qiu et al. 2025 (arXiv:2507.02119, section 2.4).
 
     floor: the irreducible loss of a fitted law (its E), nats per token. groups: run -> what runs that differ by the
     seed alone share (their size); without two runs in some group there is no noise to compare with. window: rows of

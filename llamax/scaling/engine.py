@@ -246,7 +246,11 @@ class Task:
     def _padded(self) -> tuple[dict[str, np.ndarray], int]:
         """The data with its last run repeated up to a power of two (those repeats weigh nothing), and their number."""
         extra = max(32, 1 << (self.runs - 1).bit_length()) - self.runs
-        return {k: np.pad(np.asarray(v, float), (0, extra), mode="edge") for k, v in self.data.items()}, extra
+        arrays = {name: np.asarray(values, float) for name, values in self.data.items()}  # [runs] or [runs, anything]
+        return {
+            name: np.pad(values, ((0, extra), *[(0, 0)] * (values.ndim - 1)), mode="edge")
+            for name, values in arrays.items()
+        }, extra
 
     def _deltas(self, u: np.ndarray, weights: np.ndarray, observed: np.ndarray) -> list[float]:
         """Thresholds in the order they are used: one, or for absolute values a falling row."""

@@ -155,9 +155,10 @@ def fit_frame(
     of runs, when one has several rows (checkpoints), so that the bootstrap draws clusters. vertex: of a valley of
     approach 2, parabola or akima. method, log, delta: the objective of approach 3 (`fit_approach3`). laws: which of
     `approach3` and `coupled` to fit. bootstrap: resamples (0 = no intervals). seed_noise: the runs stay and every draw
-    of a parametric law gives them new normal noise of this size around the law, in log loss, or of the size that
-    "replicates" of equal n and d show. The same table and seed give the same numbers. Raises UserError for what cannot
-    be fitted at all; whatever else is doubtful is in the warnings.
+    gives them new normal noise of this size in log loss, around a parametric law or (approach 2) the mean of the runs
+    of a budget and size; or of the size that "replicates" of equal n and d show, pooled. The same table
+    and seed give the same numbers. Raises UserError for what cannot be fitted at all; whatever else is doubtful is in
+    the warnings.
     """
     if not set(approaches) <= {2, 3} or not approaches:
         raise UserError(f"approaches: {list(approaches)}; choose from 2 and 3")
@@ -188,7 +189,7 @@ def fit_frame(
             words.append(f"approach 2 left out: {why}")
         else:
             two, rng = fit_approach2(runs, vertex), np.random.default_rng([seed, 2])
-            two_draws = bootstrap_approach2(runs, bootstrap, rng, vertex) if bootstrap else None
+            two_draws = bootstrap_approach2(runs, bootstrap, rng, vertex, seed_noise=noise) if bootstrap else None
     if 3 in approaches:
         words += [] if two else span_words(runs)
         parts = leave_largest_out(runs)

@@ -13,8 +13,10 @@ from llamax.errors import UserError
 from llamax.scaling.bootstrap import as_list, interval, resample_counts
 from llamax.scaling.engine import Objective, Predict, Search, Task
 from llamax.scaling.laws import plain
-from llamax.scaling.lawspec import LawSpec
-from llamax.scaling.table import as_numbers, drop_rows, unit_words
+from llamax.scaling.lawspec import LISTS, LawSpec
+from llamax.scaling.projection import Projection
+from llamax.scaling.table import as_numbers, check_positive, derive, drop_rows, loss_words, unit_words
+from llamax.scaling.traces import TRACED, trace_columns
 
 STARTS = 32
 
@@ -24,7 +26,7 @@ class LawFit:
     """A fitted law of the registry: its parameters by name, and what is needed to trust them or not.
 
     Fields as in `ParametricFit`; task: the columns it was fitted to; u: the optimum in the engine's coordinates
-    (logarithms where the parameter has the log flag).
+    (logarithms where the parameter has the log flag); projected: how, where variable projection found it.
     """
 
     spec: LawSpec
@@ -34,6 +36,7 @@ class LawFit:
     residuals: np.ndarray
     search: Search
     warnings: tuple[str, ...]
+    projected: Projection | None = None
 
     @property
     def params(self) -> dict[str, float]:
@@ -58,7 +61,7 @@ class LawFit:
             "params": {name: plain(value) for name, value in self.params.items()},
             "objective": self.objective,
             "objective_rule": sums.rule,
-            "method": sums.method,
+            "method": "vp" if self.projected else sums.method,
             "delta": sums.delta if sums.method == "huber" else None,
             "n_points": self.n_points,
             **self.search.as_dict(),
@@ -94,22 +97,22 @@ def fit_law(
     """Fit any law to the columns it reads and its target, named as in the law.
 
     method: huber, lad or mse, of log residuals or (`log=False`) of those in the target's unit; vp (for laws that are
-    linear in some parameters) minimises squares in the target's unit from starts whose linear parameters are solved
-    for. Deterministic. Raises UserError for missing columns, values that are not positive numbers, no more runs than
-    parameters, or a target that never varies.
+    linear in some parameters) is variable projection: least squares in the target's unit, searched over the others
+    alone. Deterministic. Raises UserError for missing columns, values that are not positive numbers, no more runs than
+    parameters, a target that never varies, or vp for a law that is linear in none.
     """
     data = spec.read(frame)
     target = data.pop(spec.target)
-    if method == "vp":
-        if not spec.linear or spec.linear_in != "value":
-            raise UserError(f"method vp: law {spec.name} is linear in no parameter; use huber, lad or mse")
-        method, log = "mse", False
+    projected = Projection.of(spec, data, target) if method == "vp" else None
     _check(spec, target)
-    sums = Objective(method, delta, log)
-    task = Task(_predictor(spec), data, target, spec.names, *_bounds(spec), sums)
-    points = _coordinates(spec, spec.starts(data, target, starts))
-    us, objectives = task.minimise(points)
-    u = us[int(np.argmin(objectives))]
+    sums = Objective("mse", log=False) if projected else Objective(method, delta, log)
+    task, inside = law_task(spec, data, target, sums)
+    if projected:
+        us, objectives = projected.task.minimise(projected.starts(starts))
+        u = _inside(spec, projected.whole(us[[int(np.argmin(objectives))]]))[0]
+    else:
+        us, objectives = task.minimise(inside(spec.starts(data, target, starts)))
+        u = us[int(np.argmin(objectives))]
     residuals, jacobian = task.describe(u)
     if not np.isfinite(residuals).all():
         raise UserError(f"law {spec.name}: no start gives finite numbers on these columns; check their units")
@@ -117,7 +120,15 @@ def fit_law(
     search = Search.of(objectives, objective, task.bounds_hit(u), jacobian)
     words = [f"only {task.runs} runs for {len(spec.names)} parameters: the fit follows noise"]
     words = (words if task.runs < 3 * len(spec.names) else []) + search.words()
-    return LawFit(spec, task, u, objective, residuals, search, tuple(words))
+    return LawFit(spec, task, u, objective, residuals, search, tuple(words), projected)
+
+
+def law_task(
+    spec: LawSpec, data: Mapping[str, np.ndarray], target: np.ndarray, sums: Objective
+) -> tuple[Task, Callable[[np.ndarray], np.ndarray]]:
+    """The engine's task of a law, and the map from parameter vectors `[points, parameters]` to its coordinates."""
+    task = Task(_predictor(spec), data, target, spec.names, *_bounds(spec), sums)
+    return task, lambda points: _coordinates(spec, points)
 
 
 def bootstrap_law(
@@ -136,33 +147,52 @@ def bootstrap_law(
         target = fit.predict(frame) * np.exp(seed_noise * rng.normal(size=counts.shape))
     enough = (counts > 0).sum(1) > len(fit.spec.names)
     kept = counts[enough]
+    target = None if target is None else target[enough]
     found = np.zeros((0, len(fit.spec.names)))
-    if len(kept):
+    if len(kept) and fit.projected:
+        start = fit.projected.inside(_natural(fit.spec, fit.u)[None])
+        us, _ = fit.projected.task.minimise(np.tile(start, (len(kept), 1)), kept, target=target)
+        found = _inside(fit.spec, fit.projected.whole(us, kept, target))
+    elif len(kept):
         found, _ = fit.task.minimise(np.tile(fit.u, (len(kept), 1)), kept, target=target)
     return LawDraws(dict(zip(fit.spec.names, _natural(fit.spec, found).T, strict=True)), int(draws - len(kept)))
 
 
 def law_table(spec: LawSpec, frame: pd.DataFrame, named: Mapping[str, str]) -> tuple[pd.DataFrame, list[str]]:
-    """The columns a law reads, its target, and `run` and `budget` where named, under the law's own names; warnings.
+    """The columns a law reads, its target, and `flops`, `run`, `budget` where named, under its own names; warnings.
 
-    `named` maps the law's names to those of the table; the others are looked for as they are. Rows with a missing value
-    are dropped and counted, as are repeats. Raises UserError naming the columns that are missing, or text in one.
+    `named` maps the law's names to those of the table; the others are looked for as they are. `d` is derived from
+    `flops`, what a law of curves reads from `step` and `lr`. Rows with a missing value are dropped and counted, as are
+    repeats. Raises UserError naming the columns that are missing, text in one, or FLOPs that are not positive.
     """
-    wanted = [*spec.columns, spec.target]
-    missing = [name for name in wanted if named.get(name, name) not in frame]
+    wanted, words = [*spec.columns, spec.target], list[str]()
+    frame, named = frame.reset_index(drop=True), dict(named)
+    if TRACED & set(wanted) and not TRACED & set(frame) and {named.get(x, x) for x in ("step", "lr")} <= set(frame):
+        frame, words = trace_columns(frame, named)
+    sized = {"n", "d"} <= set(wanted) and named.get("flops") in frame
+    derived = sized and named.get("d", "d") not in frame
+    needed = [name for name in wanted if not (derived and name == "d")]
+    missing = [name for name in needed if named.get(name, name) not in frame]
     if missing:
         raise UserError(
             f"law {spec.name}: it reads {', '.join(wanted)}; the table has no column for {', '.join(missing)}; name it "
             f"with --column {missing[0]}=NAME (the table has {', '.join(map(str, frame.columns))})"
         )
+    needed += ["flops"] if sized else []
     extra = [name for name in ("run", "budget") if named.get(name) in frame]
-    table = pd.DataFrame({name: frame[named.get(name, name)].to_numpy() for name in [*wanted, *extra]})
-    for name in wanted:
+    table = pd.DataFrame({name: frame[named.get(name, name)] for name in [*needed, *extra]})
+    numbers = [name for name in needed if name not in LISTS]
+    for name in numbers:
         table[name] = as_numbers(table[name], named.get(name, name))
-    table, words = drop_rows(table, wanted)
+    table, more = drop_rows(table, numbers, endless=[name for name in numbers if name.startswith("bits")])
+    words += more
+    if sized:
+        check_positive(table, {name: named.get(name, name) for name in ("n", "d", "flops") if name in table})
+        words += derive(table) if derived else []
     if {"n", "d"} <= set(wanted) and spec.target == "loss":
-        units = table.assign(flops=6 * table["n"] * table["d"])
-        words += unit_words(units) if (table[["n", "d", "loss"]] > 0).all(axis=None) else []
+        units = table if sized else table.assign(flops=6 * table["n"] * table["d"])
+        if (table[["n", "d", "loss"]] > 0).all(axis=None):
+            words += unit_words(units) + loss_words(units, named.get("loss", "loss"))
     return table, words
 
 
@@ -199,6 +229,11 @@ def _bounds(spec: LawSpec) -> tuple[np.ndarray, np.ndarray]:
 def _coordinates(spec: LawSpec, params: np.ndarray) -> np.ndarray:
     logs = np.array([p.log for p in spec.parameters])
     return np.where(logs, np.log(np.where(logs, params, 1.0)), params)
+
+
+def _inside(spec: LawSpec, params: np.ndarray) -> np.ndarray:
+    """Coordinates of parameters of which some may be zero: those end at their lower bound."""
+    return _coordinates(spec, np.clip(params, spec.lower, spec.upper))
 
 
 def _natural(spec: LawSpec, u: np.ndarray) -> np.ndarray:

@@ -44,7 +44,18 @@ COLUMNS = {
     "error": "error rate on downstream tasks, 0 to 1",
 }
 MAY_BE_ZERO = ("s1", "s2", "lr_drop", "lr_since")
+# Columns `[runs, changes]`, and what fills the rows of runs that have fewer changes than others: nothing changes.
+LISTS = {"lr_drop": 0.0, "lr_then": 1.0, "lr_since": 0.0}
 MOST_STARTS = 400  # grids of starts are thinned to this many before anything is solved
+
+
+def floats(column: Any, name: str) -> np.ndarray:
+    """A column as floats; one of LISTS, whose cells are lists in a table, as an array filled up to the longest."""
+    if name not in LISTS or np.asarray(column).dtype != object:
+        return np.asarray(column, float)
+    rows = [np.asarray(cell, float) for cell in column]
+    wide = max(map(len, rows))
+    return np.stack([np.pad(row, (0, wide - len(row)), constant_values=LISTS[name]) for row in rows])
 
 
 @lru_cache(maxsize=64)
@@ -130,7 +141,7 @@ class LawSpec:
         if missing := [name for name in wanted if name not in frame]:
             words = ", ".join(f"{name} ({COLUMNS.get(name, 'of the formula')})" for name in missing)
             raise UserError(f"law {self.name}: it reads columns {', '.join(wanted)}; missing: {words}")
-        data = {name: np.asarray(frame[name], float) for name in wanted}
+        data = {name: floats(frame[name], name) for name in wanted}
         for name, values in data.items():
             none = np.isposinf(values) & name.startswith("bits")  # infinitely many bits: never rounded
             bad = ~(np.isfinite(values) | none) | ((values <= 0) & (name in COLUMNS and name not in MAY_BE_ZERO))

@@ -3,8 +3,9 @@
 An M-estimate has no likelihood of its own. What is used is the statistic of Heritier and Ronchetti (1994, J. Amer.
 Statist. Assoc. 89:897): twice the rise of the objective, times E[psi'] / E[psi^2] of the residuals, is chi-square with
 one degree of freedom. For squares that is the usual likelihood ratio with an estimated variance; for Huber's function
-and absolute values it needs no particular density of the errors. It assumes independent runs of one scale: rows that
-are checkpoints of one run make it far too narrow, so use the cluster bootstrap for those.
+and absolute values it needs no particular density of the errors. As the scale of the residuals is estimated, the
+quantile is that of F with one and (runs - parameters) degrees of freedom. It assumes independent runs of one scale:
+rows that are checkpoints of one run make it far too narrow, so use the cluster bootstrap for those.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,6 @@ from llamax.scaling.registry import law as registry_law
 
 POINTS = 8  # of the grid on either side, which is refined around the crossing
 REFINED = 8
-CHI2_95 = 3.841458820694124  # the 95 % quantile of chi-square with one degree of freedom
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,20 @@ class Profile:
         return {"interval": list(self.interval), "at": plain(self.at), "statistic": plain(self.statistic)}
 
 
+def rise_quantile(runs: int, parameters: int) -> float:
+    """The 95 % quantile of the statistic: of F with 1 and runs - parameters degrees of freedom."""
+    from scipy.stats import f
+
+    return float(f.ppf(0.95, 1, max(runs - parameters, 1)))
+
+
 def chi_square_scale(task: Task, residuals: Float[np.ndarray, "runs"], parameters: int) -> float:
     """2 E[psi'] / E[psi^2]: what turns a rise of the objective into a chi-square variable."""
     runs, size = len(residuals), np.abs(residuals)
     freedom = max(runs - parameters, 1) / runs  # the fit made the residuals too small
     if task.objective.method == "mse":  # of squares, not of half of them
         return float(freedom / max(float((residuals**2).mean()), 1e-300))
+    size = np.sort(size)[min(parameters, runs - 1) :]  # a robust fit passes through so many runs: they say nothing
     delta = task.objective.delta if task.objective.method == "huber" else 0.0
     # The share of residuals inside the threshold, over a window wide enough to count some where the threshold is not.
     window = max(delta, 1.1 * float(np.quantile(size, 0.6)) * runs**-0.2)
@@ -65,11 +73,12 @@ def profile(
     index: int,
     scale: float,
     *,
-    quantile: float = CHI2_95,
+    quantile: float,
 ) -> Profile:
     """Profile of coordinate `index` of the optimum `best`, whose objective (with any prior) is `objective`.
 
-    `scale` is that of `chi_square_scale`. Raises UserError where the objective is zero (nothing to compare with).
+    `scale` is that of `chi_square_scale`, `quantile` of `rise_quantile`. Raises UserError where the objective is zero
+    (nothing to compare with).
     """
     if not (np.isfinite(scale) and 0 < scale < 1e250):
         raise UserError("profile likelihood: the runs lie on the law exactly; there is no scatter to compare with")
@@ -114,7 +123,7 @@ def profile_law(fit: LawFit, name: str) -> Profile:
         raise UserError(f"profile: parameter {name!r}; law {fit.spec.name} has {', '.join(names)}")
     index = names.index(name)
     scale = chi_square_scale(fit.task, fit.residuals, len(names))
-    found = profile(fit.task, fit.u, fit.objective, index, scale)
+    found = profile(fit.task, fit.u, fit.objective, index, scale, quantile=rise_quantile(fit.n_points, len(names)))
     if not fit.spec.parameters[index].log:
         return found
     low, high = (None if end is None else float(np.exp(end)) for end in found.interval)

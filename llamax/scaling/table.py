@@ -1,9 +1,10 @@
-"""From a table of runs to clean columns: reading, renaming, and everything that is wrong with it said in words."""
+"""From a table of runs to clean columns: renaming, and everything that is wrong with it said in words."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Mapping
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,27 +15,11 @@ FLOPS_PER_ND = (0.5, 500.0)  # training FLOPs over n·d: about 6 in most convent
 
 TOKENS_PER_PARAM = (1e-3, 1e6)  # far outside any run that was made
 UNIT_GAP, HIGHEST_LOSS = 1e6, 15.0
-
-
-def read_table(path: str | Path) -> pd.DataFrame:
-    """Read a CSV (.csv, .tsv) or Parquet (.parquet) file. Raises UserError naming the file and the fix."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a .csv, .tsv or .parquet table with one row per run")
-    try:
-        if path.suffix == ".parquet":
-            frame = pd.read_parquet(path)
-        elif path.suffix in (".csv", ".tsv"):
-            frame = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
-        else:
-            raise UserError(f"{path}: unknown kind of table {path.suffix!r}; give .csv, .tsv or .parquet")
-    except ImportError as error:
-        raise UserError(f"{path}: reading Parquet needs pyarrow; pip install 'llamax[parquet]'") from error
-    except (ValueError, OSError) as error:  # pandas and pyarrow parser errors are ValueErrors, encodings too
-        raise UserError(f"{path}: not a readable table ({str(error).splitlines()[0]})") from error
-    if frame.empty:
-        raise UserError(f"{path}: the table has no rows")
-    return frame
+SMALLEST = 1000  # parameters or tokens of the least run that anybody trains
+RISING = 0.3
+ALL_EQUAL = 1e-6  # losses that agree this well are copies of one number
+THOUSANDS = r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d*)?"
+NOT_NATS = {"bit", "bits", "bpb", "bpc", "perplexity", "ppl", "acc", "accuracy"}  # words in the name of a column
 
 
 def clean(
@@ -68,31 +53,46 @@ def clean(
     for name in numbers:
         table[name] = as_numbers(table[name], str(named[name]))
     table, words = drop_rows(table, numbers)
-    for name in numbers:
+    check_positive(table, {name: str(named[name]) for name in numbers})
+    words += derive(table)
+    if len(table) > 1 and np.ptp(table["loss"]) <= ALL_EQUAL * table["loss"].max():
+        raise UserError(f"column {loss!r}: all losses equal ({table['loss'].iloc[0]:.6g}); nothing to fit")
+    return table, words + unit_words(table) + loss_words(table, loss)
+
+
+def check_positive(table: pd.DataFrame, named: Mapping[str, str]) -> None:
+    """Raises UserError for a value of the columns `named` (by their names in the user's table) that is not positive."""
+    for name, column in named.items():
         bad = table[name] <= 0
         if bad.any():
             worst, count = table[name][bad].iloc[0], int(bad.sum())
-            raise UserError(f"column {named[name]!r}: {worst:g} ({count} such rows); {name} must be positive")
-    words += _derive(table)
-    if len(table) > 1 and np.ptp(table["loss"]) <= 1e-12 * table["loss"].max():
-        raise UserError(f"column {loss!r}: all losses equal ({table['loss'].iloc[0]:.6g}); nothing to fit")
-    return table, words + unit_words(table)
+            raise UserError(f"column {column!r}: {worst:g} ({count} such rows); {name} must be positive")
 
 
 def as_numbers(column: pd.Series, name: str) -> pd.Series:
-    """The column as floats. Raises UserError naming the column, `name` in the table, for text in it."""
+    """The column as floats; thousands separators are read where they cannot be decimal commas (1,234,567).
+
+    Raises UserError naming the column, `name` in the table, for any other text in it.
+    """
     values = pd.to_numeric(column, errors="coerce")
     text = values.isna() & column.notna()
     if text.any():
-        raise UserError(f"column {name!r}: {column[text].iloc[0]!r} is not a number ({int(text.sum())} such rows)")
+        texts = column[text].astype(str).str.strip()
+        if texts.str.fullmatch(THOUSANDS).all() and texts.str.count(",").max() > 1:
+            return pd.to_numeric(column.astype(str).str.replace(",", ""), errors="coerce").astype(float)
+        raise UserError(
+            f"column {name!r}: {column[text].iloc[0]!r} is not a number ({int(text.sum())} such rows); write plain "
+            "numbers such as 7.1e7, and nothing where a value is missing"
+        )
     return values.astype(float)
 
 
-def drop_rows(table: pd.DataFrame, numbers: list[str]) -> tuple[pd.DataFrame, list[str]]:
+def drop_rows(table: pd.DataFrame, numbers: list[str], endless: Collection[str] = ()) -> tuple[pd.DataFrame, list[str]]:
     """The table without rows in which something is missing or a number not finite, and without repeats of `numbers`;
-    in words, how many. Raises UserError when no row is left."""
+    in words, how many. `endless` columns may hold +inf. Raises UserError when no row is left."""
     words = []
-    keep = np.isfinite(table[numbers].to_numpy(float)).all(1) & table.notna().all(axis=1).to_numpy()
+    finite = np.isfinite(table[numbers].to_numpy(float)) | [name in endless for name in numbers]
+    keep = finite.all(1) & table.notna().all(axis=1).to_numpy()
     if not keep.all():
         words.append(f"NaN rows dropped: {int((~keep).sum())} of {len(keep)} (missing or not finite)")
     table = table[keep]
@@ -106,7 +106,8 @@ def drop_rows(table: pd.DataFrame, numbers: list[str]) -> tuple[pd.DataFrame, li
     return table[~repeated].reset_index(drop=True), words
 
 
-def _derive(table: pd.DataFrame) -> list[str]:
+def derive(table: pd.DataFrame) -> list[str]:
+    """Adds the one of `d` and `flops` that the table has not, from the other and `n`; in words, how."""
     if "flops" not in table:
         table["flops"] = 6 * table["n"] * table["d"]
         return ["no flops column: training FLOPs taken as 6·n·d"]
@@ -127,6 +128,8 @@ def unit_words(table: pd.DataFrame) -> list[str]:
         )
     if table["n"].max() < 1000 or table["d"].max() < 1000:
         words.append("n or d never exceeds 1000: check the units (parameters and tokens, not millions or billions)")
+    elif (least := min(table["n"].min(), table["d"].min())) < SMALLEST:
+        words.append(f"n or d goes down to {least:.3g}: check the units (parameters and tokens, not millions)")
     ratio = (table["d"] / table["n"]).to_numpy()
     if ratio.min() < TOKENS_PER_PARAM[0] or ratio.max() > TOKENS_PER_PARAM[1]:
         words.append(
@@ -141,4 +144,17 @@ def unit_words(table: pd.DataFrame) -> list[str]:
             words.append(f"{name} jumps by more than {UNIT_GAP:g} between two runs: check that all are in one unit")
     if table["loss"].max() > HIGHEST_LOSS:
         words.append(f"loss goes up to {table['loss'].max():.3g}: nats per token seldom pass 12; is it a perplexity?")
+    return words
+
+
+def loss_words(table: pd.DataFrame, name: str) -> list[str]:
+    """Doubts about the column of losses, called `name` in the user's table: its unit, and whether it is a loss."""
+    words = []
+    if NOT_NATS & set(re.split(r"[^a-z]+", name.lower())):
+        words.append(
+            f"column {name!r}: its name is not that of nats per token; the law, E and predictions are in its own unit"
+        )
+    rank = table["flops"].rank().corr(table["loss"].rank()) if table["flops"].nunique() > 2 else 0.0
+    if rank > RISING and len(table) > 5:
+        words.append(f"the loss rises with compute (rank correlation {rank:.2f}): is column {name!r} a loss?")
     return words

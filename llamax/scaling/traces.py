@@ -4,18 +4,22 @@ Annealing: Tissue et al. 2024, arXiv:2408.11029. Multi-power: Luo et al. 2025, a
 trace given; `warmup` steps at its head count in the sum of rates, and none of their changes counts as a drop.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 
 from llamax.errors import UserError
 from llamax.scaling.lawbook import exponent, floor, power, size
 from llamax.scaling.lawspec import LawSpec, Parameter, Values
+from llamax.scaling.table import as_numbers
 
-MEMORY = 0.999  # lambda of the annealing law, as in the paper's section 3
+TRACED = {"s1", "s2", "lr_drop", "lr_then", "lr_since"}  # what `trace_columns` makes
+MOST_CHANGES = 256  # of a trace: of more, neighbours are taken together, since a law reads [runs, changes]
+MEMORY = 0.999  # lambda of the annealing law, as in the paper
 
 
 def annealing_columns(
@@ -23,7 +27,7 @@ def annealing_columns(
 ) -> dict[str, np.ndarray]:
     """`s1` and `s2` after the steps `at` (0 = after the first step) of a run whose step i had learning rate `lr[i]`.
 
-    s1 = sum_i lr_i; s2 = sum_i sum_{k <= i} (lr_{k-1} - lr_k) memory^(i - k) (equation 1 of arXiv:2408.11029), whose
+    s1 = sum_i lr_i; s2 = sum_i sum_{k <= i} (lr_{k-1} - lr_k) memory^(i - k) (arXiv:2408.11029), whose
     changes are counted after `warmup` steps. Raises UserError for a trace that is not of positive numbers, or a step
     outside it.
     """
@@ -38,16 +42,21 @@ def annealing_columns(
 
 
 def power_columns(
-    lr: Float[np.ndarray, "steps"], at: Sequence[int] | np.ndarray, *, warmup: int = 0
+    lr: Float[np.ndarray, "steps"], at: Sequence[int] | np.ndarray, *, warmup: int = 0, most: int | None = None
 ) -> dict[str, np.ndarray]:
     """Columns of the multi-power law after the steps `at`: `s1 [runs]`; `lr_drop, lr_then, lr_since [runs, changes]`.
 
     One entry for every step k after `warmup` at which the rate changed: lr_{k-1} - lr_k (0 for changes still to come),
-    lr_k, and sum_{i = k..t} lr_i. Errors as `annealing_columns`.
+    lr_k, and sum_{i = k..t} lr_i. With more than `most` changes, neighbours count as one at the middle of them. Errors
+    as `annealing_columns`.
     """
     lr, steps = _trace(lr, at)
     drop = _drops(lr, warmup)
     changes = np.flatnonzero(drop)
+    if most is not None and len(changes) > most:
+        together = np.array_split(changes, most)
+        changes = np.array([some[len(some) // 2] for some in together])
+        drop[changes] = [drop[some].sum() for some in together]
     total = np.cumsum(lr)
     before = (total - lr)[changes]  # summed up to the step before the change
     past = changes <= steps[:, None]
@@ -58,6 +67,31 @@ def power_columns(
         "lr_then": np.broadcast_to(lr[changes], since.shape),
         "lr_since": since,
     }
+
+
+def trace_columns(frame: pd.DataFrame, named: Mapping[str, str]) -> tuple[pd.DataFrame, list[str]]:
+    """The table of training curves with the columns of both laws added to every row, and the rule in words.
+
+    Of its columns (`named` has their names where others) it reads `step`, from 0 or 1 on, `lr`, and `run` where named:
+    the rate between logged steps is interpolated, and the warm-up ends where it is largest. Raises UserError for text.
+    """
+    step, lr, run = named.get("step", "step"), named.get("lr", "lr"), named.get("run")
+    table = pd.DataFrame({name: as_numbers(frame[name], name) for name in (step, lr)})
+    parts = []
+    for _, rows in table.groupby(frame[run].to_numpy() if run else np.zeros(len(frame))):
+        known = rows.dropna().sort_values(step).drop_duplicates(step)
+        if known.empty:
+            raise UserError(f"columns {step!r}, {lr!r}: a run without any learning rate; give it, or leave the run out")
+        first = min(1, int(known[step].iloc[0]))
+        rate = np.interp(np.arange(first, known[step].iloc[-1] + 1), known[step], known[lr])
+        rate = np.maximum(rate, 1e-12 * rate.max())  # a rate of zero adds nothing, and the law takes its logarithm
+        at, warmup = known[step].to_numpy(int) - first, int(np.argmax(rate))
+        made = power_columns(rate, at, warmup=warmup, most=MOST_CHANGES) | annealing_columns(rate, at, warmup=warmup)
+        parts.append(pd.DataFrame({name: list(values) for name, values in made.items()}, index=known.index))
+    word = (
+        f"S1, S2 and the drops of the learning rate: from {step!r} and {lr!r}, the warm-up ending at the largest rate"
+    )
+    return frame.join(pd.concat(parts)), [word]
 
 
 def _trace(lr: np.ndarray, at: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -83,7 +117,7 @@ def _annealing(p: Values, x: Values) -> Any:
 ANNEALING = LawSpec(
     name="annealing",
     formula="L(s) = L0 + A S1^-alpha - C S2",
-    source="Tissue et al. 2024, arXiv:2408.11029, equation 1; S1 and S2 by llamax.scaling.annealing_columns",
+    source="Tissue et al. 2024, arXiv:2408.11029; S1 and S2 by llamax.scaling.annealing_columns",
     columns=("s1", "s2"),
     parameters=(
         floor(name="L0"),
@@ -105,7 +139,7 @@ def _multipower(p: Values, x: Values) -> Any:
 MULTIPOWER = LawSpec(
     name="multipower",
     formula="L(t) = L0 + A S1(t)^-alpha - B sum_k (lr_(k-1) - lr_k) (1 - (1 + C lr_k^-gamma S_k(t))^-beta)",
-    source="Luo et al. 2025, arXiv:2503.12811, equations 1 and 2 (values: its repository's, Llama of 25 to 400 million "
+    source="Luo et al. 2025, arXiv:2503.12811 (values: its repository's, Llama of 25 to 400 million "
     "parameters); columns by llamax.scaling.power_columns",
     columns=("s1", "lr_drop", "lr_then", "lr_since"),
     parameters=(

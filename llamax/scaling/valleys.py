@@ -38,14 +38,15 @@ def least_sizes(vertex: Vertex) -> int:
 
 def fit_valleys(
     x: Float[np.ndarray, "runs"],
-    y: Float[np.ndarray, "runs"],
+    y: Float[np.ndarray, "runs"] | Float[np.ndarray, "draws runs"],
     weights: Float[np.ndarray, "draws runs"],
     vertex: Vertex = "parabola",
 ) -> Valleys:
-    """Valley of y over x for every row of `weights` (a bootstrap draw, or ones).
+    """Valley of y (of all draws, or each its own) over x for every row of `weights` (a bootstrap draw, or ones).
 
     The parabola is a weighted least-squares fit. The spline goes through the weighted mean of log y at each distinct x.
     """
+    y = np.broadcast_to(y, weights.shape)
     # Sizes of one grid differ by far more than rounding; tokens of equal runs may differ in the last bit.
     distinct = np.unique(np.round(x, 9), return_inverse=True)[1]
     mass = np.stack([weights[:, distinct == i].sum(1) for i in range(int(np.max(distinct)) + 1)], axis=1)
@@ -57,7 +58,7 @@ def fit_valleys(
     basis = np.stack([np.ones_like(u), u, u**2], axis=1)
     normal = np.einsum("bm,mi,mj->bij", weights, basis, basis)
     normal[~sound] = np.eye(3)
-    c0, c1, c2 = np.linalg.solve(normal, (weights @ (basis * y[:, None]))[..., None])[..., 0].T
+    c0, c1, c2 = np.linalg.solve(normal, ((weights * y) @ basis)[..., None])[..., 0].T
     with np.errstate(divide="ignore", invalid="ignore"):
         at = np.where(np.abs(c2) > 1e-14 * (np.abs(y).max() + 1e-300), -c1 / (2 * c2), np.inf)
     low = np.where(sound, np.min(np.where(weights > 0, u, np.inf), axis=1), np.nan)
@@ -75,7 +76,7 @@ def _akima(
 
     size = mass.shape[1]
     at = np.array([x[distinct == i].mean() for i in range(size)])
-    total = np.stack([weights[:, distinct == i] @ np.log(y[distinct == i]) for i in range(size)], axis=1)
+    total = np.stack([(weights * np.log(y))[:, distinct == i].sum(1) for i in range(size)], axis=1)
     found = np.full((4, len(weights)), np.nan)
     interior = np.zeros(len(weights), bool)
     for draw in np.flatnonzero(sound):

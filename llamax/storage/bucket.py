@@ -168,7 +168,7 @@ class Bucket:
                 reply, cause = self._client.meaning(error), error
                 if reply is None:
                     raise
-            where = f"{self.root}/{key}"
+            where = f"{self.root}/{key}".rstrip("/")
             if reply.kind is not StorageError:
                 raise reply.kind(where) from cause
             waited = time.monotonic() - start

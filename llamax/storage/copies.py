@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from llamax.errors import UserError
-from llamax.storage.bucket import ABSENT, Bucket, Conflict, Missing, Object, open_bucket
-from llamax.storage.places import address_of, is_address, is_staged, notes_of, view_of
+from llamax.storage.bucket import ABSENT, Conflict, Missing, Object, open_bucket
+from llamax.storage.places import address, address_of, is_address, is_staged, notes_of, parts, view_of
 
 T = TypeVar("T")
 THREADS = 16
 CHECKPOINTS, DIGESTS, LEASES = "checkpoints", "digests.json", "leases"
 NOT_READ = {LEASES, "logs"}
+NOT_SENT = {*NOT_READ, CHECKPOINTS, "progress"}  # with a folder: each has its own way, or none
 HERE_ALONE = {"lock", ".plan.lock"}  # files that mean something on one machine
 
 
@@ -69,6 +70,13 @@ class Copy:
             if name not in objects:
                 self._drop(name)
 
+    def fetch(self, name: str) -> bool:
+        """Bring one file up to date; False where there is none."""
+        item = self.bucket.stat(self.key(name))
+        if item is not None and not self._has(name, item):
+            self._fetch(name, item)
+        return item is not None
+
     def push(self, name: str, *, over: bool = False) -> None:
         """Send one file over the version it was made from (`over`: over anything), or delete the object if it is gone.
 
@@ -101,7 +109,7 @@ class Copy:
         """The files, but for checkpoints and what means nothing elsewhere, that differ from what the bucket has."""
         names: list[str] = []
         for folder, inner, files in os.walk(self.local):
-            inner[:] = [name for name in inner if name not in (CHECKPOINTS, *NOT_READ) and not name.startswith(".")]
+            inner[:] = [name for name in inner if name not in NOT_SENT and not name.startswith(".")]
             names += [Path(folder, name).relative_to(self.local).as_posix() for name in files if _travels(name)]
         return [name for name in names if self.differs(name)]
 
@@ -175,7 +183,8 @@ class Copy:
 
 # ---------------------------------------------------------------- views
 def at_hand(path: str | Path, *, new: bool = False, seconds: float | None = None) -> Path:
-    """`path` itself, or of an address the folder that shows what is there now. `new`: nothing need be there yet.
+    """`path` itself, or of an address the folder, or file, that shows what is there now. `new`: a folder that may be
+    there or not.
 
     Raises:
         UserError: nothing there, or the bucket refuses or does not answer.
@@ -183,10 +192,10 @@ def at_hand(path: str | Path, *, new: bool = False, seconds: float | None = None
     if not is_address(path):
         return Path(path)
     view = view_of(path)
-    found = refresh(view, seconds)
-    if not found and not new:
-        raise UserError(f"{address_of(view)}: nothing is there; correct the address")
-    view.mkdir(parents=True, exist_ok=True)
+    if refresh(view, seconds) or new:
+        view.mkdir(parents=True, exist_ok=True)
+    elif not parts(path)[2] or not Copy(view.parent, address(path).rpartition("/")[0], seconds).fetch(view.name):
+        raise UserError(f"{address(path)}: nothing is there; correct the address")
     return view
 
 
@@ -270,6 +279,3 @@ def _in_threads(function: Callable[[T], Any], items: Iterable[T]) -> None:
     with ThreadPoolExecutor(min(THREADS, len(items) or 1)) as pool:
         for _ in pool.map(function, items):
             pass
-
-
-__all__ = ["Bucket", "Copy", "Note", "at_hand", "fill", "needed", "publish", "refresh"]

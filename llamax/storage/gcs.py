@@ -16,7 +16,7 @@ from requests.adapters import HTTPAdapter
 
 from llamax.storage.bucket import ABSENT, Conflict, Missing, Object, Reply, StorageError
 
-TIMEOUT = (5, 30)  # seconds to connect, and between two answers
+TIMEOUT = (5, 20)  # seconds to connect, and between two answers
 KEYS = "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS"
 GONE = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError, auth.TransportError)
 

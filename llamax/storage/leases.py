@@ -150,7 +150,7 @@ def holder(folder: Path, name: str, now: float | None = None) -> Holder | None:
     if entry is None:
         return None
     record = entry.record
-    held = False if record.get("released") else alive(record)
+    held = False if record.get("released") or records.ended(name, entry.number) else alive(record)
     if held is None:
         term = float(record.get("lease_seconds", LEASE_SECONDS))
         held = now - entry.stamp < term if now is not None else records.beats(name, entry, term)
@@ -215,6 +215,9 @@ class FolderRecords:
         temporary.write_text(json.dumps({"cell": name, "released": True}), encoding="utf-8")
         os.replace(temporary, path)
 
+    def ended(self, name: str, number: int) -> bool:
+        return False
+
     def beats(self, name: str, entry: Entry, term: float) -> bool:
         return self.now() - entry.stamp < term
 
@@ -260,6 +263,7 @@ class BucketRecords:
         self.folder, self._where = folder, where
         self._bucket, self._prefix = open_bucket(where)
         self._at_once, _ = open_bucket(where, 0.0)  # a heartbeat is tried again by the next one
+        self._ended: set[tuple[str, int]] = set()
         self._watched: dict[str, tuple[tuple[int, str], float, float]] = {}  # (what), since when, last look
 
     def newest(self, name: str) -> Entry | None:
@@ -287,12 +291,20 @@ class BucketRecords:
             return True
         except Conflict:
             return False
+        except StorageError:  # it may have arrived: nobody here has it
+            self._ended.add((name, number))
+            raise
 
     def beat(self, name: str, number: int, record: dict[str, Any]) -> None:
         record["beat"] = record.get("beat", 0) + 1  # an ETag is of the text alone
         self._at_once.write(self._key(name, number), json.dumps(record).encode())
 
+    def ended(self, name: str, number: int) -> bool:
+        """Whether this process gave the lease back, which the bucket may not know."""
+        return (name, number) in self._ended
+
     def end(self, name: str, number: int) -> None:
+        self._ended.add((name, number))
         self._bucket.write(self._key(name, number), json.dumps({"cell": name, "released": True}).encode())
 
     def beats(self, name: str, entry: Entry, term: float) -> bool:

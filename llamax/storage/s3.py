@@ -12,12 +12,10 @@ from botocore.config import Config
 
 from llamax.storage.bucket import ABSENT, Conflict, Missing, Object, Reply, StorageError
 
-CONFIG = Config(
-    connect_timeout=5,
-    read_timeout=30,
-    max_pool_connections=32,  # copies.py asks from sixteen threads, and a transfer from ten more
-    retries={"total_max_attempts": 3, "mode": "standard"},
-)
+# copies.py asks from sixteen threads, and a transfer from ten more. What is tried again is bucket.py's to say; but of a
+# large file each part is, so that one lost part does not cost the others.
+CONFIG = Config(connect_timeout=5, read_timeout=20, max_pool_connections=32, retries={"total_max_attempts": 1})
+PARTS = CONFIG.merge(Config(retries={"total_max_attempts": 4, "mode": "standard"}))
 KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 WRONG_KEYS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
 PASSING = {"SlowDown", "Throttling", "RequestTimeout", "RequestTimeTooSkewed", "ConditionalRequestConflict"}
@@ -31,7 +29,8 @@ class S3:
     """
 
     def __init__(self, name: str) -> None:
-        self._name, self._api = name, boto3.session.Session().client("s3", config=CONFIG)
+        self._name, session = name, boto3.session.Session()
+        self._api, self._transfer = (session.client("s3", config=config) for config in (CONFIG, PARTS))
 
     def list(self, prefix: str) -> list[Object]:
         pages = self._api.get_paginator("list_objects_v2").paginate(Bucket=self._name, Prefix=prefix)
@@ -57,10 +56,10 @@ class S3:
         return Object(key, len(data), answer["ETag"], 0.0)
 
     def upload(self, key: str, path: Path) -> None:
-        self._api.upload_file(str(path), self._name, key)
+        self._transfer.upload_file(str(path), self._name, key)
 
     def download(self, key: str, path: Path) -> None:
-        self._api.download_file(self._name, key, str(path))
+        self._transfer.download_file(self._name, key, str(path))
 
     def delete(self, key: str) -> None:
         self._api.delete_object(Bucket=self._name, Key=key)

@@ -58,7 +58,7 @@ def _mesh(cells: Sequence[Cell], devices: int | None) -> list[str]:
 
 def _batch_ways(mesh: MeshConfig, devices: int | None) -> int:
     """Devices a batch is split over: data x fsdp, with -1 standing for all devices the other axes leave."""
-    sizes = {axis: getattr(mesh, axis) for axis in ("data", "fsdp", "tensor", "expert")}
+    sizes = mesh.sizes
     given = 1
     for size in sizes.values():
         given *= max(size, 1)

@@ -92,7 +92,10 @@ def work(
             return ended
         if should_stop():
             raise Stopped
-        held = _claim_next(study, [c for c in todo if can_begin(study, c.config)], lease_seconds, group)
+        try:
+            held = _claim_next(study, [c for c in todo if can_begin(study, c.config)], lease_seconds, group)
+        except StorageError:  # the next look waits until the bucket is back, and says so
+            continue
         if not held and (lost := _give_up(study, plan, todo, emit)):
             ended["failed"] += lost
             continue
@@ -148,7 +151,7 @@ def _claim_next(study: Path, todo: Sequence[Cell], lease_seconds: float, group: 
         for mate in mates:
             lease = claim(study, mate.name, lease_seconds=lease_seconds) if len(held) < size else None
             if lease is not None:
-                refresh(study)
+                refresh(study, float("inf"))
             if lease is not None and is_settled(study, mate):  # it ended between the look and the claim
                 lease.release()
             elif lease is not None:

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from llamax.errors import UserError
+from llamax.mesh.flags import FLAGS
 
 REQUEST, ANSWER, PROGRAM = "request.json", "answer.json", "program.txt"
 PHASES = ("start", "lower", "compile", "read")
@@ -67,8 +68,11 @@ def environment(request: Request) -> dict[str, str]:
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={request.devices} "
             "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
         }
-    flags = "--xla_gpu_autotune_level=0" if request.platform == "cuda" else ""  # it would need the GPU
-    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **(TPU_ENVIRONMENT if request.platform == "tpu" else {})}
+    if request.platform == "tpu":
+        return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **TPU_ENVIRONMENT}
+    # The flags of a run, without the search for the fastest tiles, which would need the GPU.
+    flags = {**FLAGS["gpu"], "xla_gpu_autotune_level": "0"}
+    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(f"--{name}={value}" for name, value in flags.items())}
 
 
 def compile_ahead(request: Request, folder: Path) -> dict[str, Any]:
@@ -93,13 +97,14 @@ def compile_ahead(request: Request, folder: Path) -> dict[str, Any]:
 
     jax.config.update("jax_compilation_cache_dir", None)
     devices = _devices(request)
-    config = _settled(validate(RunConfig, request.config, "config"), request)
+    config = validate(RunConfig, request.config, "config")
     rules, mesh, abstract = share_places(config, devices)
     if mesh.size != request.devices:
         sizes = ", ".join(f"mesh.{axis}={size}" for axis, size in mesh.shape.items())
         raise UserError(
             f"{sizes}: uses {mesh.size} of the {request.devices} devices of the topology; set one axis to -1"
         )
+    config = _settled(config, request, dict(mesh.shape))
     phase("lower")
     arguments = dispatch_shapes(config, SimpleNamespace(rules=rules, mesh=mesh, abstract=abstract))  # type: ignore[arg-type]
     lowered = make_dispatch(config, rules, mesh, abstract).lower(*arguments)  # type: ignore[attr-defined]
@@ -116,7 +121,7 @@ def compile_ahead(request: Request, folder: Path) -> dict[str, Any]:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        answer["needed"] = needed = _needed(str(error))
+        answer["needed"] = needed = refused_bytes(str(error), sum(answer["state"].values()))
         if needed is None:
             raise
         compiled = None
@@ -145,26 +150,25 @@ def _devices(request: Request) -> list[Any]:
     target = _GPU.format(
         bandwidth=int(request.bandwidth or 0), memory=int(request.memory or 0), name=request.device_kind
     )
+    from jax._src.cudnn import fused_attention_stablehlo as library
+
+    # The library asks this machine for its cuDNN and GPU even to lower for another.
+    library.check_cudnn_version = lambda: 91200
+    library.check_compute_capability = lambda capability: True
+    library.is_cuda_compute_capability_equal = lambda capability: capability == "9.0"
     described = topologies.get_topology_desc(platform="cuda", target_config=target, topology=request.topology)
     return list(described.devices)
 
 
-def _settled(config: Any, request: Request) -> Any:
+def _settled(config: Any, request: Request, mesh: dict[str, int]) -> Any:
     """`config` with what a run would ask its devices for already decided."""
     from llamax.train.remat import fitting
 
     train: dict[str, Any] = {}
     if config.train.unroll_layers is None:  # simulated devices would be taken for CPUs, where short stacks unroll
         train["unroll_layers"] = False
-    if config.train.remat == "auto":
-        sizes = {**config.mesh.as_dict(), "devices": request.devices}
-        sizes = {name: size for name, size in sizes.items() if isinstance(size, int) and size > 0}
-        rest = sizes.pop("devices")
-        for size in sizes.values():
-            rest //= size
-        free = next((name for name, size in config.mesh.as_dict().items() if size == -1), "data")
-        policy, _ = fitting(config, int(request.memory or 1e18), True, {**sizes, free: max(rest, 1)})
-        train["remat"] = policy
+    if config.train.remat == "auto" and request.memory is not None:
+        train["remat"], _ = fitting(config, int(request.memory), request.platform != "cpu", mesh)
     return config.model_copy(update={"train": config.train.model_copy(update=train)})
 
 
@@ -182,8 +186,7 @@ def _compiler(request: Request, device: Any) -> str:
 
 def _place(device: Any) -> list[int]:
     """Where a device is: the coordinates of its chip on a torus, else its number, node by node."""
-    coords = getattr(device, "coords", None)
-    return [int(c) for c in coords] if coords is not None else [int(device.id)]
+    return [int(c) for c in device.coords] if device.platform == "tpu" else [int(device.id)]
 
 
 def _shard_bytes(tree: Any) -> int:
@@ -195,12 +198,18 @@ def _shard_bytes(tree: Any) -> int:
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = r"([\d.]+)([KMGT]?)i?B?"
+# What the TPU compiler says of a program that does not fit: all it uses, or what it needs beside its arguments.
+_REFUSALS = ((rf"[Uu]sed {_SIZE} of [\d.]+\w* hbm", False), (rf"required for HLO temporaries \({_SIZE}\)", True))
 
 
-def _needed(message: str) -> int | None:
-    """Bytes that a program needs which the compiler refuses because they are not there; None for another error."""
-    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? hbm", message)
-    return int(float(found[1]) * _UNITS[found[2]]) if found else None
+def refused_bytes(message: str, arguments: int) -> int | None:
+    """Bytes that a program needs which the compiler refused for its memory, `arguments` those of its arguments; None
+    for another error."""
+    for pattern, beside in _REFUSALS:
+        if found := re.search(pattern, message):
+            return int(float(found[1]) * _UNITS[found[2]]) + (arguments if beside else 0)
+    return None
 
 
 def main(folder: Path) -> int:

@@ -10,6 +10,7 @@ import jax
 
 from llamax.accounting.bits import bits_per_byte
 from llamax.config.load import run_from_data
+from llamax.config.mesh import MeshConfig
 from llamax.config.run import RunConfig
 from llamax.data.batches import eval_batches
 from llamax.data.open import open_data
@@ -18,6 +19,7 @@ from llamax.mesh.rules import batch_sharding, batch_ways, load_rules, make_mesh,
 from llamax.mesh.start import start
 from llamax.model.transformer import Transformer
 from llamax.storage.copies import at_hand
+from llamax.train.axes import check_axes
 from llamax.train.checkpoints import load_params
 from llamax.train.evaluate import evaluate
 from llamax.train.run_dir import is_run, read_config
@@ -37,8 +39,7 @@ def load_run(run_dir: str | Path, *, step: int | None = None) -> tuple[Transform
     if not is_run(path):
         raise UserError(f"{path}: not a run directory (no config.yaml); give the --run-dir of a training run")
     config = read_config(path)
-    local = config.mesh.model_copy(update={"data": -1, "fsdp": 1, "tensor": 1, "expert": 1})
-    mesh = make_mesh(local)
+    mesh = make_mesh(MeshConfig())
     shapes = jax.eval_shape(lambda key: Transformer(config.model, key=key), jax.random.key(0))
     places = shardings(shapes, shapes, load_rules(config.mesh.rules), mesh)
     abstract = jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes, places)
@@ -68,9 +69,10 @@ def evaluate_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str
             "evaluate on a store made with the run's tokenizer"
         )
     mesh = make_mesh(config.mesh)
+    check_axes(config, mesh)
     rules = load_rules(config.mesh.rules)
     place = batch_sharding(rules, mesh)
-    ways = batch_ways(rules, mesh)
+    ways = batch_ways(rules, mesh) * (config.train.grad_accumulation if mesh.shape["stage"] > 1 else 1)
     batches = eval_batches(
         store,
         batch_size=-(-config.train.batch_size // ways) * ways,  # padding does not count

@@ -27,22 +27,13 @@ from llamax.train.branch import check_trunk, first_state
 from llamax.train.checkpoints import Checkpoints
 from llamax.train.evaluate import evaluate
 from llamax.train.goodput import Spent, carried
-from llamax.train.mirror import stage
 from llamax.train.population import Answer, Ask, Coroutine, Seat, alone, whole
 from llamax.train.precision import Precision, begun_with, with_dtype
 from llamax.train.progress import Progress
 from llamax.train.record import Record
 from llamax.train.rows import plain
-from llamax.train.run_dir import Run, open_run, read_time
-from llamax.train.setup import (
-    Common,
-    batches_of,
-    dispatch_shapes,
-    held_out,
-    load_dispatch,
-    notes,
-    share,
-)
+from llamax.train.run_dir import Run, open_run, read_time, stage
+from llamax.train.setup import Common, batches_of, dispatch_shapes, held_out, load_dispatch, notes, share
 from llamax.train.signals import StopRequest, stop_signals
 from llamax.train.state import TrainState
 from llamax.train.step import Batch, Dispatch, execution_of, make_dispatch
@@ -180,9 +171,9 @@ class _Session:
                 batches = self._load(step, None)
                 with self.spent.on("compile"):
                     state = (yield Ask(state, batches, 0)).state
-                    self.job.meet()  # gloo gives a peer that still compiles 30 s
+                    self.job.meet()
             with signals() as stop:
-                self.run_dir.watch(lambda: bool(stop))
+                self.run_dir.stopping(lambda: self.job.wish(stop.signal) is not None)
                 if left:
                     state, cause = yield from self._train(state, step, batches, checkpoints, stop)
                 final = whole(state)
@@ -264,7 +255,7 @@ class _Session:
 
     # ------------------------------------------------------------ pieces
     def _say_choices(self) -> None:
-        """What the config left to the machine."""
+        """What the config left to the machine, and what the mesh costs."""
         for note in notes(self.asked, self.chosen, self.config, self.mesh):
             self._say(f"note: {note}")
 

@@ -35,6 +35,7 @@ from llamax.train.lock import LOCK
 RESULT, SENDING, STAGED = "result.json", ".sending-", ".staged-"
 SEND_SECONDS = 10.0  # between two looks at what changed
 RUN_LEASE_SECONDS = 30.0
+VISIBLE_SECONDS = 30.0  # in which a file on a shared file system is seen by other machines
 _WHOLE = re.compile(r"\d+(\.temporary)?")
 
 
@@ -54,7 +55,7 @@ def stage(run_dir: str | Path, branch: Branch | None = None, job: Job = ALONE) -
     local, mark = staging_of(where), f"{STAGED}{os.urandom(6).hex()}"
     if job.leader:
         if branch is not None:
-            _catch_up(f"{where.rpartition('/')[0]}/{branch.trunk}")
+            _bring(f"{where.rpartition('/')[0]}/{branch.trunk}", branch.step)
         _catch_up(where)
         if job.count > 1:
             for old in local.glob(f"{STAGED}*"):
@@ -69,9 +70,9 @@ def stage(run_dir: str | Path, branch: Branch | None = None, job: Job = ALONE) -
     return local
 
 
-def _appears(path: Path, seconds: float = 5.0) -> bool:
+def _appears(path: Path) -> bool:
     """Whether a file is there, or comes: shared file systems may show it to other machines a little later."""
-    until = time.monotonic() + seconds
+    until = time.monotonic() + VISIBLE_SECONDS
     while not path.exists():
         if time.monotonic() > until:
             return False
@@ -79,15 +80,29 @@ def _appears(path: Path, seconds: float = 5.0) -> bool:
     return True
 
 
-def _catch_up(where: str) -> None:
+def _bring(trunk: str, step: int) -> None:
+    """Have a trunk's checkpoint here, if it is anywhere; a process of this machine may be training or fetching it."""
+    until = time.monotonic() + retry_seconds()
+    while not (staging_of(trunk) / CHECKPOINTS / str(step)).is_dir():
+        if _catch_up(trunk) or time.monotonic() > until:
+            return
+        time.sleep(0.1)
+
+
+def _catch_up(where: str) -> bool:
+    """Bring a staging folder up to date; False if a process of this machine has it, whose files nothing is newer than.
+
+    Raises UserError: the bucket refuses or does not answer.
+    """
     local = staging_of(where)
     local.mkdir(parents=True, exist_ok=True)
     with open(local / LOCK, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # a process of this machine trains it: nothing is newer than its files
-            return
+        except BlockingIOError:
+            return False
         _follow(Copy(local, where))
+    return True
 
 
 def _follow(copy: Copy) -> None:

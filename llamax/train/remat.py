@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from jax.sharding import Mesh
 
-from llamax.accounting.memory import memory_bytes
+from llamax.accounting.memory import memory_bytes, stacked_share
 from llamax.config.run import RunConfig
 from llamax.model.kernels import host_of, kernels_for
 
@@ -28,8 +29,9 @@ def for_devices(config: RunConfig, devices: list[Any], mesh: dict[str, int]) -> 
     memory = (devices[0].memory_stats() or {}).get("bytes_limit")
     if memory is None:
         return "none", f"remat=none: {devices[0].device_kind} does not say how much memory it has"
-    kernels = kernels_for(host_of(devices), config.mesh.kernels)
-    return fitting(config, memory, bool(kernels) and config.train.compute_dtype != "float32", mesh)
+    kernels = kernels_for(host_of(devices, mesh), config.mesh.kernels)
+    flash = bool(kernels) and config.train.compute_dtype != "float32"
+    return fitting(config, memory, flash or mesh.get("context", 1) > 1, mesh)  # over cut sequences no scores are kept
 
 
 def fitting(config: RunConfig, memory: int, flash: bool, mesh: dict[str, int]) -> tuple[Policy, str]:
@@ -46,10 +48,11 @@ def fitting(config: RunConfig, memory: int, flash: bool, mesh: dict[str, int]) -
 
 
 def device_bytes(config: RunConfig, policy: Policy, flash: bool, mesh: dict[str, int]) -> float:
-    """Estimated bytes of one device of a mesh of these sizes: weights and moments over fsdp, tensor and expert,
-    activations and logits over all axes."""
-    train = config.train.model_copy(update={"remat": policy})
-    found = memory_bytes(config.model_copy(update={"train": train}), flash)
-    weights = mesh.get("fsdp", 1) * mesh.get("tensor", 1) * mesh.get("expert", 1)
-    state = found["parameters"] + found["gradients"] + found["optimizer"]
-    return state / weights + (found["activations"] + found["logits"]) / (weights * mesh.get("data", 1))
+    """Estimated bytes of one device of a mesh of these sizes: weights and moments over fsdp, tensor, expert and
+    context, those of the layers over stage too, activations and logits over all axes."""
+    train, stages = config.train.model_copy(update={"remat": policy}), mesh.get("stage", 1)
+    found = memory_bytes(config.model_copy(update={"train": train}), flash, stages)
+    weights = math.prod(mesh.get(axis, 1) for axis in ("fsdp", "tensor", "expert", "context"))
+    layers = stacked_share(config.model)
+    state = (found["parameters"] + found["gradients"] + found["optimizer"]) * (1 - layers * (1 - 1 / stages))
+    return state / weights + (found["activations"] + found["logits"]) / (weights * mesh.get("data", 1) * stages)

@@ -30,6 +30,7 @@ from llamax.train.env import environment
 from llamax.train.files import write_atomic, writing
 from llamax.train.lock import locked
 from llamax.train.mirror import Mirror, mirrored
+from llamax.train.mirror import stage as stage
 from llamax.train.rows import append_rows, drop_rows_after, plain, read_rows, repair_tail
 
 CONFIG, ENV, RESULT, TIME = "config.yaml", "env.json", "result.json", "time.json"
@@ -64,8 +65,8 @@ class Run:
             append_rows(self.path / METRICS, rows)
             self.newest[METRICS] = plain(rows[-1])
 
-    def watch(self, stopping: Callable[[], bool]) -> None:
-        """Wait for no bucket once `stopping`."""
+    def stopping(self, stopping: Callable[[], bool]) -> None:
+        """How to tell that the run was asked to stop, and should wait for no bucket."""
         if self._mirror is not None:
             self._mirror.stopping = stopping
 

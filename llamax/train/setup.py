@@ -19,6 +19,8 @@ from llamax.errors import UserError
 from llamax.mesh.job import ALONE, Job
 from llamax.mesh.rules import Rules, batch_sharding, batch_ways, load_rules, make_mesh
 from llamax.mesh.slices import on_mesh, rows_of
+from llamax.train.axes import check_axes, pipeline_note
+from llamax.train.layout import layout_notes, ranked_layouts, with_layout
 from llamax.train.precision import Precision
 from llamax.train.remat import rematerialization
 from llamax.train.state import TrainState, abstract_state, initializer
@@ -45,8 +47,22 @@ def share(config: RunConfig, devices: list[jax.Device] | None = None, job: Job =
 
 def share_places(config: RunConfig, devices: list[jax.Device] | None = None) -> tuple[Rules, Mesh, TrainState]:
     """The part of `share` that needs no data: mesh rules, mesh, and the state as shapes with shardings."""
+    if config.mesh.layout == "sizes":
+        return _places(config, devices)
+    ranked = ranked_layouts(config, jax.devices() if devices is None else devices)
+    refused = "nothing divides batch, heads, widths and layers"
+    for layout in ranked:
+        try:
+            return _places(with_layout(config, layout), devices)
+        except UserError as error:  # an array that its axes do not divide
+            refused = str(error)
+    raise UserError(f"mesh=auto finds no layout for {len(devices or jax.devices())} devices: {refused}")
+
+
+def _places(config: RunConfig, devices: list[jax.Device] | None) -> tuple[Rules, Mesh, TrainState]:
     rules = load_rules(config.mesh.rules)
     mesh = make_mesh(config.mesh, devices)
+    check_axes(config, mesh)
     _check_batch(config, batch_ways(rules, mesh))
     return rules, mesh, abstract_state(config, rules, mesh)
 
@@ -116,9 +132,12 @@ def dispatch_shapes(config: RunConfig, common: Common) -> tuple[TrainState, dict
 
 
 def notes(asked: str, chosen: Precision, config: RunConfig, mesh: Mesh) -> list[str]:
-    """What a run says before it compiles: what its config left to the machine (`asked` is its own compute_dtype)."""
+    """What a run says before it compiles: what its config left to the machine (`asked` is its own compute_dtype), and
+    what stages cost."""
     found = [f"products in {chosen.dtype}: {chosen.why}"] if asked == "auto" else []
-    return found + ([rematerialization(config, mesh)[1]] if config.train.remat == "auto" else [])
+    found += layout_notes(config, mesh) if config.mesh.layout == "auto" else []
+    found += [rematerialization(config, mesh)[1]] if config.train.remat == "auto" else []
+    return found + ([pipeline_note(config, mesh)] if mesh.shape["stage"] > 1 else [])
 
 
 def _check_vocabulary(config: RunConfig, store: Store) -> None:

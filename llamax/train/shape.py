@@ -19,7 +19,6 @@ TRAIN_NUMBERS = (
     "router_bias_rate",
     "divergence_factor",
 )
-MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
 
 def shape_key(config: RunConfig) -> str:
@@ -41,4 +40,4 @@ def shape_key(config: RunConfig) -> str:
 
 def fits_one_device(config: RunConfig) -> bool:
     """Whether the mesh lets the run be whole on one device, as a member of a population is."""
-    return all(getattr(config.mesh, axis) in (1, -1) for axis in MESH_AXES)
+    return all(size in (1, -1) for size in config.mesh.sizes.values())

@@ -9,12 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from llamax.config.run import RunConfig
-from llamax.mesh.rules import Rules, batch_sharding
-from llamax.model.execution import Execution
+from llamax.mesh.rules import Rules, batch_ways, stream_sharding
+from llamax.model import pipeline
+from llamax.model.exchange import token_axes
+from llamax.model.execution import Context, Execution, Stages
 from llamax.model.kernels import host_of, kernels_for
 from llamax.model.loss import target_weights, training_losses
 from llamax.model.transformer import Transformer
@@ -48,14 +50,43 @@ def execution_of(config: RunConfig, rules: Rules, mesh: Mesh) -> Execution:
     train = config.train
     cpu = all(device.platform == "cpu" for device in mesh.devices.flat)
     short = cpu and len(config.model.layers) <= UNROLLED
+    parallel = config.mesh.sequence_parallel
+    cut = ("context", "tensor") if parallel else ("context",)
+    inside = stream_sharding(rules, mesh, ("context",)) if parallel else None
+    residual = stream_sharding(rules, mesh, cut) if mesh.size > 1 else None
+    context = Context(mesh, mesh.shape["context"]) if mesh.shape["context"] > 1 else None
     return Execution(
         compute=precision(train.compute_dtype, mesh.devices.flat).dtype,  # type: ignore[arg-type]
         activation=train.activation_dtype,
         remat=rematerialization(config, mesh)[0],
         unroll=short if train.unroll_layers is None else train.unroll_layers,
-        residual=batch_sharding(rules, mesh) if mesh.size > 1 else None,
-        kernels=kernels_for(host_of(mesh.devices.flat), config.mesh.kernels),
+        residual=residual,
+        kernels=kernels_for(host_of(mesh.devices.flat, mesh.shape), config.mesh.kernels),
+        inside=inside,
+        head=_head_sharding(config, rules, mesh) or inside,
+        context=context,
+        stages=_stages(config, rules, mesh, cut),
+        tokens=token_axes(rules, inside or residual),
     )
+
+
+def _stages(config: RunConfig, rules: Rules, mesh: Mesh, sequence: tuple[str, ...]) -> Stages | None:
+    """The pipeline of a mesh with stages: the parts of train.grad_accumulation are its microbatches."""
+    count = mesh.shape[pipeline.AXIS]
+    if count == 1:
+        return None
+    stream = stream_sharding(rules, mesh, sequence).spec
+    held = NamedSharding(mesh, PartitionSpec(pipeline.AXIS, *stream))
+    return Stages(count, config.train.grad_accumulation, held)
+
+
+def _head_sharding(config: RunConfig, rules: Rules, mesh: Mesh) -> NamedSharding | None:
+    """With stages, each takes its share of the rows to the head where they divide, in place of doing what the others
+    do."""
+    ways = batch_ways(rules, mesh) * mesh.shape[pipeline.AXIS]
+    if mesh.shape[pipeline.AXIS] == 1 or config.train.batch_size % ways:
+        return None
+    return stream_sharding(rules, mesh, ("context",), batch=(pipeline.AXIS,))
 
 
 def loss_and_gradients(
@@ -70,6 +101,8 @@ def loss_and_gradients(
     mean square over microbatches of the norm of each one's own gradient.
     """
     parts = config.train.grad_accumulation
+    if execution.stages is not None:  # they are in the pipeline at once, and the batch is one
+        batch, parts = jax.tree.map(lambda a: pipeline.interleaved(a, parts), batch), 1
     micro = jax.tree.map(lambda a: a.reshape(parts, a.shape[0] // parts, *a.shape[1:]), batch)
     totals = [
         jnp.maximum(target_weights(batch["tokens"], batch.get("segments"), k).sum(), 1.0)
@@ -112,11 +145,12 @@ def loss_and_gradients(
 
 
 def _layer_metrics(reports: dict[str, Array]) -> Metrics:
+    """Metrics of reports [layers] or, with stages, [microbatch, layers]: averages over microbatches."""
     metrics = {metric: reports[name].mean() for name, metric in LAYER_LOSSES.items() if name in reports}
     if "entropy" in reports:
         metrics |= {
-            "moe_entropy_min": reports["entropy"].min(),
-            "moe_dead_experts": reports["dead"].sum(),
+            "moe_entropy_min": reports["entropy"].min(-1).mean(),
+            "moe_dead_experts": reports["dead"].sum(-1).mean(),
             "moe_drop_fraction": reports["dropped"].mean(),
         }
     return metrics

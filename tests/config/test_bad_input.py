@@ -76,6 +76,7 @@ BAD = {
     "model.segments.3.repeat=1": ["model.segments.3", "a list of 1", "index from 0 to 0"],
     "optimizer.lr.x=3": ["optimizer.lr.x", "0.004, which has no fields", "drop .x"],
     "mesh.data=-1 mesh.fsdp=-1": ["only one mesh axis can be -1"],
+    "mesh.sequence_parallel=true": ["over the tensor axis, and tensor=1", "raise tensor, or drop it"],
     "mesh.tensor=0": ["tensor=0 is not a device count", "-1 for all remaining"],
     "schedule={kind: wsd, warmup: 0.9}": ["schedule: warmup=0.9 and decay=0.2", "lower one"],
     "model.position.scaling={kind: yarn, factor: 2.0, original_max_len: 64, mscale: 1.0}": [

@@ -82,6 +82,7 @@ REFUSED = [
     ({"sampling": {"top_p": 2.0}}, "x", "top_p=2.0: give more than 0"),
     ({"compute": "int4"}, "x", "--compute int4"),
     ({"mesh": ["tensor"]}, "x", "--mesh tensor: give an axis"),
+    ({"mesh": ["stage=2"]}, "x", "--mesh stage=2: sequences and layers are cut for training alone"),
     ({"max_new_tokens": 0}, "x", "max_new_tokens=0"),
 ]
 

@@ -163,23 +163,15 @@ def test_the_leader_decides_and_hears_wishes():
             break
         threading.Event().wait(0.05)
     assert leader.wish(None) == "SIGTERM"
-    together(leader.leave, follower.leave)
-    together(leader.close, follower.close)
+    met: list[str] = []
 
+    def late() -> None:
+        threading.Event().wait(0.3)
+        met.append("late")
+        follower.meet()
 
-def test_the_leader_waits_where_processes_meet():
-    first, second = plans(2, peer_seconds=20.0)
-    lines, (line, member) = meet([first, second])
-    leader, follower = Leader(first, lines), Follower(second, line, member)
-    came: list[str] = []
-    thread = threading.Thread(target=lambda: (leader.meet(), came.append("leader")))
-    thread.start()
-    thread.join(0.3)
-    assert came == []
-    follower.meet()
-    thread.join(20)
-    assert came == ["leader"]
-    together(follower.meet, leader.meet)  # and again, whoever comes first
+    together(lambda: (leader.meet(), met.append("leader")), late)
+    assert met == ["late", "leader"]
     together(leader.leave, follower.leave)
     together(leader.close, follower.close)
 

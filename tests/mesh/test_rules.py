@@ -60,6 +60,7 @@ def test_presets_cover_every_axis_of_every_component(name: str) -> None:
         (("embed", "heads", "head_dim"), (32, 8, 4), {"data": 8}, (None, None, None)),
         (("experts", "embed", "mlp"), (2, 8, 32, 16), {"fsdp": 2, "expert": 4}, (None, "expert", "fsdp", None)),
         (("vocab", "embed"), (64, 32), {"tensor": 8}, ("tensor", None)),
+        (("embed", "mlp"), (2, 32, 16), {"stage": 2, "fsdp": 2, "context": 2}, ("stage", ("fsdp", "context"), None)),
     ],
 )
 def test_partition(
@@ -116,7 +117,15 @@ def test_an_axis_without_a_rule_names_the_array_and_the_line_to_add() -> None:
 def test_a_rule_to_no_mesh_axis(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("batch: data\nmlp: [fsdp, model]\n")
-    with pytest.raises(UserError, match=r"mlp -> 'model' is not a mesh axis; use one of data, fsdp, expert, tensor"):
+    with pytest.raises(UserError, match=r"mlp -> 'model' is not a mesh axis; use one of stage, data, fsdp, expert"):
+        load_rules(str(path))
+
+
+@pytest.mark.parametrize("rule", ["batch: [data, context]", "mlp: stage", "batch: [stage]"])
+def test_a_rule_that_cuts_what_its_axis_cannot(tmp_path: Path, rule: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("batch: data\n" * (not rule.startswith("batch")) + rule)
+    with pytest.raises(UserError, match=r"context cuts sequences and weights but no batch, stage cuts layers alone"):
         load_rules(str(path))
 
 
@@ -140,10 +149,12 @@ def test_a_mesh_that_does_not_fit_the_devices(sizes: dict[str, int], message: st
 
 def test_minus_one_takes_the_rest() -> None:
     assert dict(make_mesh(MeshConfig(tensor=2), jax.devices()).shape) == {
+        "stage": 1,
         "data": 4,
         "fsdp": 1,
-        "tensor": 2,
         "expert": 1,
+        "context": 1,
+        "tensor": 2,
     }
     assert make_mesh(MeshConfig(), jax.devices()[:1]).axis_names == AXES
 

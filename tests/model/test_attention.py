@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from llamax.config.components import Alibi, BlockSparse, GroupedQueryAttention, Init, Rope
-from llamax.model.attention import Logits, SelfAttention, Sight, attend, in_blocks
+from llamax.model.attention import SelfAttention, attend
 from llamax.model.execution import Execution
 from llamax.model.position import alibi_slopes, rotary_table
+from llamax.model.scores import Logits, Sight, in_blocks
 from tests.hub.phi3small import block_mask
 
 from . import reference

@@ -12,10 +12,11 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llamax.config.components import BlockSparse
-from llamax.model.attention import Logits, Sight, attend, attention
+from llamax.model.attention import attend, attention
 from llamax.model.execution import Execution
 from llamax.model.flash import COVERS, by_device, covering, cudnn, splash
 from llamax.model.kernels import Host, host_of, kernels_for
+from llamax.model.scores import Logits, Sight
 
 Arrays = tuple[jax.Array, ...]
 

@@ -78,6 +78,19 @@ def test_what_the_partitioner_puts_in(mesh: Mesh) -> None:
     assert totals(collectives(program, SIZES)) == {("all-reduce", ("tensor",)): (1, 32 * 16 * 4 * 2 * 3 / 4)}
 
 
+def test_permutations_in_both_directions_at_once(mesh: Mesh) -> None:
+    """On a ring of four; in a group of two forth and back are the same pairs."""
+    ring = [(i, (i + 1) % 4) for i in range(4)]
+
+    def device(x: jax.Array) -> jax.Array:
+        there = jax.lax.ppermute(x, "tensor", ring)
+        return there + jax.lax.ppermute(2 * x, "tensor", [(b, a) for a, b in ring])
+
+    mapped = jax.shard_map(device, mesh=mesh, in_specs=P("tensor"), out_specs=P("tensor"), check_vma=False)
+    found = collectives(compiled(mapped, mesh, (P("tensor"),), (64,)), SIZES)
+    assert [(one.kind, one.bytes, one.both_ways) for one in found] == [("collective-permute", 64, True)] * 2
+
+
 @pytest.mark.parametrize(
     ("text", "groups", "axes"),
     [
@@ -160,6 +173,20 @@ def test_traffic_of_straight_code_is_what_xla_counts() -> None:
     assert memory_traffic(parse_program(done.as_text())) == pytest.approx(
         done.cost_analysis()["bytes accessed"], rel=0.01
     )
+
+
+def test_the_workspace_of_a_library_is_not_traffic() -> None:
+    """A product [4, 8] x [8, 2] in float32 by cuBLAS, which reserves 32 MiB."""
+    text = """HloModule m
+
+ENTRY %main (x: f32[4,8], w: f32[8,2]) -> f32[4,2] {
+  %x = f32[4,8]{1,0} parameter(0)
+  %w = f32[8,2]{1,0} parameter(1)
+  %c = (f32[4,2]{1,0}, s8[33554432]{0}) custom-call(%x, %w), custom_call_target="__cublas$gemm"
+  ROOT %y = f32[4,2]{1,0} get-tuple-element(%c), index=0
+}
+"""
+    assert memory_traffic(parse_program(text)) == 4 * (32 + 16 + 8)
 
 
 def test_traffic_of_a_loop_is_its_body_as_often_as_it_runs() -> None:

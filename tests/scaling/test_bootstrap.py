@@ -1,7 +1,14 @@
 import numpy as np
+import pandas as pd
 import pytest
 
-from llamax.scaling import bootstrap_approach2, bootstrap_parametric, fit_approach3, optimal_allocation
+from llamax.scaling import (
+    bootstrap_approach2,
+    bootstrap_parametric,
+    fit_approach2,
+    fit_approach3,
+    optimal_allocation,
+)
 from llamax.scaling.approach3 import refit
 from llamax.scaling.bootstrap import interval, loss_draws, mixture_interval, resample_counts
 
@@ -55,6 +62,26 @@ def test_approach2_draws_without_noise_hold_the_exponents():
     assert low <= TINY.beta / (TINY.alpha + TINY.beta) <= high
     assert high - low < 0.02
     assert draws.failed == 0
+
+
+@pytest.mark.parametrize("vertex", ["parabola", "akima"])
+def test_seed_noise_reaches_approach_2(vertex):
+    """Against the scatter of the exponent over many studies drawn anew, which is what the interval should say."""
+    design = {"budgets": (3e11, 1e12, 3e12), "sizes": 7, "noise": 0.004}
+    frames = [isoflop(**design, seed=seed) for seed in range(300)]
+    losses = np.stack([frame["loss"] for frame in frames])
+    true = [bootstrap_approach2(isoflop(**{**design, "noise": 0.0}), 300, np.random.default_rng(0), vertex,
+                                seed_noise=0.004).n.exponent]  # fmt: skip
+    again = np.array([fit_approach2(frames[0].assign(loss=row), vertex).n.exponent for row in losses[:150]])
+    assert np.nanstd(true) == pytest.approx(np.nanstd(again), rel=0.25)
+    if vertex == "akima":  # its vertex is not linear in the losses, so that half the variance is not half its scatter
+        return
+    pairs = pd.concat([frames[1], frames[2]], ignore_index=True)
+    one, two = (
+        bootstrap_approach2(frame, 300, np.random.default_rng(0), vertex, seed_noise=0.004)
+        for frame in (frames[1], pairs)
+    )
+    assert np.nanstd(two.n.exponent) == pytest.approx(np.nanstd(one.n.exponent) / 2**0.5, rel=0.2)
 
 
 def test_degenerate_resamples_are_counted():

@@ -1,4 +1,4 @@
-"""The laws against what their papers print, against other ways to write them, and back from noise-free data."""
+"""The laws against what their papers print, and against other ways to write them."""
 
 import itertools
 import math
@@ -8,7 +8,6 @@ import pytest
 
 from llamax.scaling.registry import LAWS, law
 
-from .recovery import recover
 from .synthetic import CHINCHILLA
 
 TOKENS, SIZES = np.geomspace(2e8, 5e11, 9), np.geomspace(1e7, 3e9, 8)
@@ -17,7 +16,6 @@ PAIRS = np.array(list(itertools.product(SIZES, TOKENS))).T
 # A vector of parameters for each law that does not print one, near those of the papers.
 TRUTH = {
     "coupled": {"E": 1.5, "A": 5e4, "B": 4e6, "alpha": 0.55, "beta": 0.6, "gamma": 0.6},
-    "overtraining": {"E": 1.84, "a": 212.0, "b": 367.0, "eta": 0.136},
     "precision": {
         "E": 2.2,
         "A": 600.0,
@@ -39,7 +37,6 @@ TRUTH = {
         "gamma_N": 0.34,
         "gamma_post": 0.6,
     },
-    "downstream": {"epsilon": 0.86, "k": 2.8, "gamma": 0.72},
     "annealing": {"L0": 2.6, "A": 0.4, "alpha": 0.5, "C": 0.3},
 }
 
@@ -94,16 +91,6 @@ def columns(name: str) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", list(LAWS))
-def test_known_parameters_come_back_from_noise_free_data(name: str) -> None:
-    spec, wanted, data = law(name), truth(name), columns(name)
-    data = spec.read(data, target=False)
-    target = spec.evaluate(spec.vector(wanted)[None], data)[0]
-    assert np.all(target > 0)
-    found = recover(spec, data, target)
-    assert found == pytest.approx(wanted, rel=1e-4)
-
-
-@pytest.mark.parametrize("name", list(LAWS))
 def test_the_linear_parameters_are_linear(name: str) -> None:
     spec, rng = law(name), np.random.default_rng(1)
     data = spec.read(columns(name), target=False)
@@ -123,7 +110,7 @@ def test_the_linear_parameters_are_linear(name: str) -> None:
 
 
 def test_overtraining_is_the_chinchilla_law_with_one_exponent() -> None:
-    # Section 2.1 of Gadre et al.: eta = alpha / 2, a = A (1/6)^-eta, b = B (1/6)^-eta.
+    # As Gadre et al. derive it: eta = alpha / 2, a = A (1/6)^-eta, b = B (1/6)^-eta.
     alpha, (n, d) = 0.29, PAIRS
     tied = law("chinchilla").predict(
         {"E": 1.7, "A": 300.0, "B": 700.0, "alpha": alpha, "beta": alpha}, columns("chinchilla")

@@ -48,7 +48,7 @@ def test_squares_of_a_line_have_the_textbook_errors():
     found = stats.linregress(frame["x"], frame["loss"])
     assert fit.params["b"] == pytest.approx(found.slope, rel=1e-8)
     assert fit.objective == pytest.approx(((frame["loss"] - found.intercept - found.slope * frame["x"]) ** 2).sum())
-    half = stats.norm.ppf(0.975) * found.stderr
+    half = stats.t.ppf(0.975, 58) * found.stderr
     assert profile_law(fit, "b").interval == pytest.approx((found.slope - half, found.slope + half), rel=2e-3)
     draws = bootstrap_law(fit, frame, 400, np.random.default_rng(0))
     assert draws.standard_errors()["b"] == pytest.approx(found.stderr, rel=0.15)
@@ -56,6 +56,26 @@ def test_squares_of_a_line_have_the_textbook_errors():
     centre = float(frame["loss"].mean())
     seeds = bootstrap_law(fit, frame, 400, np.random.default_rng(0), seed_noise=noise / centre)
     assert seeds.standard_errors()["b"] == pytest.approx(found.stderr, rel=0.25)  # noise in logs: near, not equal
+
+
+def test_variable_projection_is_least_squares_with_the_linear_parameters_solved():
+    spec = LAWS["granularity"]
+    n, d, g = np.array([(n, d, g) for n in (1e7, 1e8, 1e9) for d in (1e9, 1e10, 1e11) for g in (1.0, 4.0, 16.0)]).T
+    data = {"n": n, "d": d, "granularity": g}
+    truth = dict(spec.published["Krajewski et al. 2024"])
+    loss = spec.predict(truth, data)
+    exact = fit_law(spec, {**data, "loss": loss}, method="vp", starts=8)
+    assert exact.params == pytest.approx(truth, rel=1e-6)
+    assert exact.projected.task.names == ("alpha", "beta", "gamma")
+    noisy = {**data, "loss": loss * np.exp(1e-3 * np.random.default_rng(0).normal(size=len(n)))}
+    fit = fit_law(spec, noisy, method="vp", starts=8)
+    assert fit.as_dict()["method"] == "vp"
+    step = fit.task.describe(fit.u)[1].T @ fit.task.describe(fit.u)[0]  # the slope of the squares by every parameter
+    assert np.abs(step).max() < 1e-6 * np.abs(fit.task.describe(fit.u)[1]).sum(0).max() * np.abs(fit.residuals).max()
+    draws = bootstrap_law(fit, pd.DataFrame(noisy), 20, np.random.default_rng(0), seed_noise=1e-3)
+    assert np.quantile(draws.params["beta"], 0.9) > truth["beta"] > np.quantile(draws.params["beta"], 0.1)
+    with pytest.raises(UserError, match="method vp: law step_lr is linear in every parameter"):
+        fit_law(LAWS["step_lr"], {"n": n, "d": d, "lr": loss}, method="vp")
 
 
 def test_profiles_of_a_robust_fit_are_near_the_bootstrap():

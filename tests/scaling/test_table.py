@@ -27,6 +27,9 @@ def test_reads_csv_tsv_and_parquet(tmp_path):
         ("a.xlsx", b"x", "unknown kind"),
         ("a.csv", b"", "not a readable table"),
         ("a.csv", b"n,d,loss\n", "no rows"),
+        ("a.csv", b"n,d, n\n1,2,3\n", "'n' is there twice"),
+        ("a.csv", b"n,d,loss\n0,1,2,3\n", "more fields than the header"),
+        ("a.csv", "n,d\n1,2\n".encode("utf-16"), "not UTF-8"),
         ("a.csv", b"n,d\n\xff\xfe,1\n", "not a readable table"),
         ("a.csv", b'n,d\n1,2\n3,4,5\n"', "not a readable table"),
         ("a.parquet", b"not parquet", "not a readable table"),
@@ -40,6 +43,31 @@ def test_unreadable_files_are_named(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message) as error:
         read_table(tmp_path / name)
     assert name in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["A.CSV", "a.tsv", "a.jsonl"])
+def test_reads_what_spreadsheets_and_programs_write(tmp_path, name):
+    frame = isoflop().rename(columns={"n": "Model size, M"})
+    if name.endswith("jsonl"):
+        frame.to_json(tmp_path / name, orient="records", lines=True, double_precision=15)
+    else:
+        text = frame.to_csv(index=False, sep=";", decimal=",").replace("budget;", " budget ;", 1)
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    found = read_table(tmp_path / name)
+    assert list(found.columns) == list(frame.columns)
+    read, _ = clean(found, n="Model size, M", budget="budget")
+    assert read["loss"].to_numpy() == pytest.approx(frame["loss"].to_numpy())
+    said = " ".join(found.attrs["warnings"])
+    assert ("separated by ';'" in said and "column 'loss': its commas are read as decimal" in said) or not said
+
+
+def test_thousands_are_read_where_they_can_be_nothing_else():
+    frame = isoflop()
+    texts = [f"{round(v):,}" for v in 1000 * frame["n"]]
+    assert clean(frame.assign(n=texts), flops=None)[0]["n"].to_numpy() == pytest.approx(1000 * frame["n"], rel=1e-3)
+    for text in ("71M", "7_100_000", "3,145"):
+        with pytest.raises(UserError, match=f"'{text}' is not a number .24 such rows.; write plain numbers"):
+            clean(frame.assign(n=text))
 
 
 def test_renames_and_keeps_order():
@@ -80,6 +108,15 @@ def test_units_are_questioned():
     assert not clean(frame)[1]
     assert any("check the units" in w for w in clean(frame.assign(flops=frame["flops"] / 1e9))[1])
     assert any("never exceeds 1000" in w for w in clean(frame.assign(n=frame["n"] / 1e6), flops=None)[1])
+    millions = frame.assign(n=frame["n"] / 100, d=frame["d"] / 100)
+    assert any("goes down to" in w for w in clean(millions, flops=None)[1])
+
+
+def test_a_column_that_is_no_loss_is_questioned():
+    frame = isoflop()
+    assert any("not that of nats" in w for w in clean(frame.rename(columns={"loss": "val_bpb"}), loss="val_bpb")[1])
+    rising = frame.assign(loss=1 / frame["loss"])
+    assert any("rises with compute" in w for w in clean(rising)[1])
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.train.conftest import cli as cli
+
 from .emulators import FakeGCS, Moto
 
 COUNT = itertools.count()

@@ -22,6 +22,7 @@ class Moto:
     """
 
     scheme = "s3"
+    read_only = False
 
     def __init__(self) -> None:
         pytest.importorskip("boto3", reason="needs the extra s3")
@@ -39,7 +40,15 @@ class Moto:
             def log(self, *_: Any) -> None:
                 pass
 
-        app = DomainDispatcherApplication(create_backend_app)
+        moto = DomainDispatcherApplication(create_backend_app)
+
+        def app(request: dict[str, Any], respond: Any) -> Any:
+            if self.read_only and request["REQUEST_METHOD"] not in ("GET", "HEAD"):
+                request["wsgi.input"].read(int(request.get("CONTENT_LENGTH") or 0))
+                respond("403 Forbidden", [("Content-Type", "application/xml")])
+                return [b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"]
+            return moto(request, respond)
+
         self._server = make_server("127.0.0.1", self.port, app, threaded=False, request_handler=Quiet)
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 

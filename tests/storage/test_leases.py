@@ -18,7 +18,7 @@ from llamax.storage.places import address_of, view_of
 
 from .emulators import FakeGCS, Moto
 
-SPAWN = multiprocessing.get_context("spawn")
+FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
@@ -42,8 +42,8 @@ def _racer(folder: Path, names: list[str], start: object, out: object) -> None:
 
 def test_of_many_processes_one_wins_each_name(folder: Path) -> None:
     names = [f"c{i}" for i in range(6)]
-    start, out = SPAWN.Barrier(4), SPAWN.Queue()
-    processes = [SPAWN.Process(target=_racer, args=(folder, names, start, out)) for _ in range(4)]
+    start, out = FORK.Barrier(4), FORK.Queue()
+    processes = [FORK.Process(target=_racer, args=(folder, names, start, out)) for _ in range(4)]
     [process.start() for process in processes]
     won = [name for _ in processes for name in out.get(timeout=60)]
     [process.join(60) for process in processes]
@@ -138,6 +138,29 @@ def test_an_outage_robs_nobody(
             assert claim(folder, "c") is None
             time.sleep(0.1)
         assert not lease.lost.is_set()
+
+
+def test_what_may_have_been_claimed_or_given_back_in_an_outage_is_free_here(
+    folder: Path, emulator: Moto | FakeGCS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This process lives, so its lease would be held for good; it knows that it has none."""
+    monkeypatch.setenv("LLAMAX_STORAGE_SECONDS", "0")
+    lease = claim(folder, "c")
+    assert lease is not None
+    records = leases.records_of(folder)
+    emulator.stop()
+    try:
+        lease.release()
+        with pytest.raises(StorageError):
+            records.create("d", 0, {})
+    finally:
+        emulator.start()
+    record = {**lease.record, "cell": "d"}
+    records._bucket.write(records._key("d", 0), json.dumps(record).encode())  # type: ignore[union-attr]  # it had arrived
+    for name in ("c", "d"):
+        again = claim(folder, name)
+        assert again is not None
+        assert again.number == 1
 
 
 def test_status_ages_a_heartbeat_by_the_clock_of_the_bucket(folder: Path, elsewhere: None) -> None:

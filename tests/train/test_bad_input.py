@@ -60,8 +60,8 @@ def short_store(tmp_path: Path) -> Path:
         ),
         (
             ["mesh.data=2", "mesh.fsdp=8"],
-            "error: mesh.data=2, mesh.fsdp=8, mesh.tensor=1, mesh.expert=1: the fixed sizes multiply to 16, which does "
-            "not fit the 8 devices there are; change one of them",
+            "error: mesh.stage=1, mesh.data=2, mesh.fsdp=8, mesh.expert=1, mesh.context=1, mesh.tensor=1: the fixed "
+            "sizes multiply to 16, which does not fit the 8 devices there are; change one of them",
         ),
         (
             ["mesh.tensor=4"],

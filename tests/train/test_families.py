@@ -162,6 +162,13 @@ def test_sharded_equals_unsharded(style: str) -> None:
     assert_same_training(family(style, mesh), jax.devices(), style)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("style", ["llama3", "gemma3", "deepseek_v3"])
+def test_cut_sequences_equal_whole_ones(style: str) -> None:
+    """Grouped heads, a sliding window, and latent attention with experts and a prediction module."""
+    assert_same_training(family(style, {"data": 1, "context": 2}), jax.devices(), style)
+
+
 @pytest.mark.parametrize("style", subset("gemma3"))
 def test_bfloat16_operands_stay_near_float32(style: str) -> None:
     """What most machines train with by default; a product that a CPU's compiler cannot run would end it here."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from llamax.accounting.memory import memory_bytes
+from llamax.accounting.params import count_params
 from llamax.config.load import load_run
 from llamax.config.run import MeshConfig
 from llamax.mesh.rules import load_rules, make_mesh
@@ -53,6 +54,24 @@ def test_a_mesh_divides_weights_by_some_axes_and_activations_by_all() -> None:
     state = parts["parameters"] + parts["gradients"] + parts["optimizer"]
     found = device_bytes(config, "none", False, {"data": 2, "fsdp": 4, "tensor": 1, "expert": 1})
     assert found == pytest.approx(state / 4 + (parts["activations"] + parts["logits"]) / 8)
+
+
+def test_context_divides_both_and_stages_the_layers() -> None:
+    """By hand, for tiny in 2 stages and 4 microbatches: 5 turns are kept, of which a stage has its half."""
+    parts = memory_bytes(tiny("train.remat=full"))
+    state = parts["parameters"] + parts["gradients"] + parts["optimizer"]
+    cut = device_bytes(tiny("train.remat=auto"), "full", False, {"context": 4, "data": 2})
+    assert cut == pytest.approx(state / 4 + (parts["activations"] + parts["logits"]) / 8)
+
+    config = tiny("train.remat=auto", "train.grad_accumulation=4")
+    model, train = config.model, config.train
+    kept = train.batch_size * train.seq_len * len(model.layers) * model.d_model * 4
+    scratch = parts["activations"] - kept
+    params = count_params(model)
+    outside = params.embedding + params.head + model.d_model
+    state = 4 * (1 + 2 + 2) * (outside + (params.total - outside) / 2)
+    found = device_bytes(config, "full", False, {"stage": 2})
+    assert found == pytest.approx(state + kept / 4 * 5 / 2 + scratch / 4 + parts["logits"] / 2)
 
 
 def test_on_this_machine_nothing_is_recomputed() -> None:
