@@ -206,6 +206,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no schedule after so long")
     parser.add_argument("--json", action="store_true", help="the outcomes as lines of JSON")
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of atexit, which leaves no process behind
     seeds = [asked.only] if asked.only is not None else range(asked.seed, asked.seed + asked.schedules)
     folder = asked.folder or Path(tempfile.mkdtemp(prefix="llamax-faults-"))
     folder.mkdir(parents=True, exist_ok=True)

@@ -77,6 +77,7 @@ def _be(words: Sequence[str], env: Mapping[str, str], out: IO[bytes], err: IO[by
     code = 1
     try:
         os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.alarm(life)
         for number, handle in enumerate((os.open(os.devnull, os.O_RDONLY), out.fileno(), err.fileno())):
             os.dup2(handle, number)
