@@ -182,16 +182,13 @@ class Bench:
 def watch(job: Job, log: Path) -> None:
     """Until all have ended. A process that was stopped goes on when it is the last, as after a machine's long pause."""
     until = time.monotonic() + LIMIT
-    while running := job.running():
-        stopped = {one["process"] for one in fired(log) if one["do"] == "stop"}
-        if set(running) <= stopped:
+    while (running := set(job.running())) and time.monotonic() < until:
+        if running <= {one["process"] for one in fired(log) if one["do"] == "stop"}:
             for index in running:
                 job.signal(index, signal.SIGCONT)
             break
-        if time.monotonic() > until:
-            break
         time.sleep(0.05)
-    job.wait(max(60.0, until - time.monotonic()) if running and set(running) <= stopped else 1.0)
+    job.wait(120)
 
 
 # ---------------------------------------------------------------- the command
