@@ -49,14 +49,18 @@ def _on_a_disk(path: str) -> Path:
 def sending_back() -> Iterator[None]:
     """Around a command: what it wrote into folders of buckets is sent there when it ends. Raises UserError."""
     OPENED.clear()
+    ended = False
     try:
         yield
-    except SystemExit:  # how a command ends
-        for folder in OPENED:
+        ended = True
+    except SystemExit:  # a command's own exit code, after it has written
+        ended = True
+        raise
+    finally:
+        for folder in OPENED if ended else ():
             from llamax.storage.copies import publish
 
             publish(folder)
-        raise
 
 
 OPENED: list[Path] = []  # by the parsers of arguments, which no argument can be passed to

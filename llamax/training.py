@@ -10,7 +10,6 @@ import typer
 
 from llamax.console import Json, Overrides, TrainProgress, emit, print_run_plan
 from llamax.errors import Interrupted, UserError
-from llamax.storage.places import written
 
 if TYPE_CHECKING:
     from llamax.config.run import RunConfig
@@ -46,6 +45,7 @@ def train(
     """
     from llamax.mesh.job import start_processes
     from llamax.mesh.processes import find_processes
+    from llamax.storage.places import written
 
     plan = find_processes(
         coordinator=coordinator,
@@ -102,6 +102,8 @@ def _train(config: RunConfig, where: Path, job: Job, quiet: bool) -> dict[str, A
     if not job.leader:
         return train_run(config, where, job=job)
     if not quiet:
+        from llamax.storage.places import written
+
         print_run_plan(config, written(where))
     with TrainProgress() as progress:
         return train_run(config, where, report=progress, job=job)

@@ -108,10 +108,10 @@ def run_steps(
     spent = spent or Spent()
     if job.leader:
         check_trunk(config, run_dir)
+    batches = batches_of(config, common)  # refuses a corpus too short for a window before anything is written
     with open_run(run_dir, config, common.store.fingerprint, chosen._asdict(), writer=job.leader) as run:
         if (result := job.agree(run.result if job.leader else None)) is not None:
             return result
-        batches = batches_of(config, common)
         session = _Session(config, horizon(config), run, common, batches, chosen, report or _silent, job, spent)
         return (yield from session.run(signals, begin))
 

@@ -194,6 +194,7 @@ def test_dry_run_prints_the_script_on_stdout_and_writes_nothing(sweep: str, tmp_
     assert told["text"].startswith("#!/bin/bash")
 
 
+@pytest.mark.slow
 def test_local_trains_here_and_ends_with_the_table(sweep: str, tmp_path: Path) -> None:
     study = tmp_path / "study"
     text = tmp_path / "text"

@@ -146,7 +146,7 @@ def test_explicit_backward_rules_equal_autodiff(name: str, monkeypatch: pytest.M
     def plain_attend(*args):  # type: ignore[no-untyped-def]
         return llamax.model.attention._attend(*args)[0]
 
-    def plain_loss(x, w, bias, targets, weights, z_loss, softcap, chunk, compute, scale):  # type: ignore[no-untyped-def]
+    def plain_loss(x, w, bias, targets, weights, z_loss, softcap, chunk, compute, scale, ways):  # type: ignore[no-untyped-def]
         logits = x @ w + (0.0 if bias is None else bias)
         logits = logits if scale is None else logits * scale
         logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)

@@ -86,6 +86,7 @@ def test_a_killed_worker_is_replaced_and_its_cell_resumes(make_study: Make, monk
     assert int(again[1][1]) >= 3, "resumed, not repeated"
 
 
+@pytest.mark.slow
 def test_a_cell_that_kills_its_workers_fails_alone(make_study: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     study = make_study(3)
     monkeypatch.setenv("FAKE_CRASH", "1")
