@@ -46,8 +46,8 @@ class Rates:
     cpu: bool = False
 
 
-# Two cores of an AMX processor shared by eight simulated devices, measured 2026-11-27 (tools/bench_mesh.py): of use for
-# what they say of each other, as layouts are compared and not timed.
+# Two cores shared by eight simulated devices: guesses, of use for what they say of each other, as layouts are compared
+# and not timed; tools/bench_mesh.py prints what they predict beside what is measured.
 SIMULATED = Rates(peak=8e9, memory=1.5e9, link=0.5e9, network=0.5e9, latency=1e-4, domain=4096, cpu=True)
 UNKNOWN = Rates(peak=100e12, memory=1e12, link=50e9, network=10e9, latency=1e-5, domain=8)
 
