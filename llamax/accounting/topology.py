@@ -136,8 +136,8 @@ def _text(shape: tuple[int, ...]) -> str:
 # ---------------------------------------------------------------- prices
 PRICES_AS_OF = "2025-06"
 # Dollars a chip (a GPU) and hour, on demand, without commitment, in the United States where listed first. TPU: Google
-# Cloud's price list. GPU: Amazon EC2 p5.48xlarge and p5en.48xlarge, an eighth of the instance. Prices change: a plan
-# prints the date and takes another price.
+# Cloud's price list. GPU: Amazon EC2 p5.48xlarge and p5en.48xlarge, an eighth of the instance. Not checked
+# against the lists since they were written down, and prices change: a plan prints the date and takes another price.
 PRICES: dict[str, float] = {"v5e": 1.20, "v5p": 4.20, "v6e": 2.70, "h100": 6.88, "h200": 7.91}
 
 

@@ -170,10 +170,10 @@ def test_bad_settings_are_one_message(changes: list[str], says: str) -> None:
 
 
 def test_storage_that_pods_cannot_see_is_refused() -> None:
-    with pytest.raises(UserError, match="pods cannot see the study /home/me/runs/s"):
-        manifests("/home/me/runs/s")
+    with pytest.raises(UserError, match="pods cannot see the study /elsewhere/runs/s"):
+        manifests("/elsewhere/runs/s")
     with pytest.raises(UserError, match="pods cannot see"):
-        manifests("/home/me/runs/s", claim={"name": "runs", "path": "/runs"})
+        manifests("/elsewhere/runs/s", claim={"name": "runs", "path": "/runs"})
     assert manifests("/runs/s", claim={"name": "runs", "path": "/runs"})
 
 

@@ -18,17 +18,16 @@ from typing import Any
 import pytest
 
 from llamax.config.load import validate
-from llamax.config.run import Bytes, Corpus
 from llamax.config.sweep import SweepConfig
-from llamax.data.store import build_store
 from llamax.errors import UserError
 from llamax.launch import records
 from llamax.launch.launch import launch
 from llamax.launch.on.slurm import Settings
 from llamax.sweep.claim import holder
-from llamax.sweep.plan import make_plan
+from llamax.sweep.plan import Plan, make_plan
 from llamax.sweep.status import status
 from llamax.sweep.study import open_study
+from tests.data.corpora import small_store
 from tests.launch.cluster import cluster, lose, run, wait_for
 
 pytestmark = pytest.mark.cluster
@@ -52,10 +51,7 @@ def slurm() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("data") / "store"
-    text = {"sources": [{"source": {"kind": "text", "paths": [str(ROOT / "docs")]}}]}
-    build_store(validate(Corpus, text, "test"), Bytes(), out)
-    return out
+    return small_store(tmp_path_factory.mktemp("data"), words=1000).path
 
 
 def plan_of(store: Path, seeds: list[int], steps: int = STEPS) -> Any:
@@ -123,6 +119,13 @@ def claims(study: Path, cell: str) -> int:
     return found.number + 1
 
 
+def train_on_two_nodes(study: Path, plan: Plan) -> str:
+    """Launch one worker of two nodes and wait until it trains; its job."""
+    _, (id,) = launch(study, plan, "slurm", settings(partition="low", nodes=2, env=WORKER | coordinator()))
+    wait_for("the worker trains", lambda: row_of(study)["step"] > 8)
+    return f"{id}_0"
+
+
 def start_again(job: str) -> None:
     """SLURM holds a requeued job back for two minutes; the test does not."""
     wait_for("the job is pending", lambda: state_of(job) == "PENDING")
@@ -134,9 +137,7 @@ def test_a_preempted_worker_goes_back_and_resumes_bit_for_bit(
 ) -> None:
     study = tmp_path / "study"
     plan = plan_of(store, [0])
-    _, (id,) = launch(study, plan, "slurm", settings(partition="low", nodes=2, env=WORKER | coordinator()))
-    job = f"{id}_0"
-    wait_for("the worker trains", lambda: row_of(study)["step"] > 8)
+    job = train_on_two_nodes(study, plan)
     with pytest.raises(UserError, match="has workers already"):
         launch(study, plan, "slurm", settings())
     run("sbatch", "-p", "high", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
@@ -159,9 +160,7 @@ def test_a_worker_whose_node_is_lost_runs_elsewhere(
 ) -> None:
     study = tmp_path / "study"
     plan = plan_of(store, [0])
-    _, (id,) = launch(study, plan, "slurm", settings(partition="low", nodes=2, env=WORKER | coordinator()))
-    job = f"{id}_0"
-    wait_for("the worker trains", lambda: row_of(study)["step"] > 8)
+    job = train_on_two_nodes(study, plan)
     lose(run("scontrol", "show", "hostnames", run("squeue", "-h", "-j", job, "-o", "%N").strip()).split()[1])
     start_again(job)
     wait_for("the cell is done", lambda: row_of(study)["state"] == "done")

@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 
 from llamax.config.load import validate
-from llamax.config.run import Bytes, Corpus
 from llamax.config.sweep import SweepConfig
-from llamax.data.store import build_store
 from llamax.sweep.crew import AGAIN, ASKED
 from llamax.sweep.plan import make_plan
 from llamax.sweep.status import status
 from llamax.sweep.study import open_study
+from tests.data.corpora import small_store
 from tests.processes.harness import free_port
 
 pytestmark = pytest.mark.cluster
@@ -52,10 +51,7 @@ class Worker:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("data") / "store"
-    text = {"sources": [{"source": {"kind": "text", "paths": [str(ROOT / "docs")]}}]}
-    build_store(validate(Corpus, text, "test"), Bytes(), out)
-    return out
+    return small_store(tmp_path_factory.mktemp("data"), words=1000).path
 
 
 def study_of(folder: Path, store: Path, steps: int, batches: list[int]) -> Path:
