@@ -69,14 +69,6 @@ def communication(config: RunConfig, mesh: Mapping[str, int], cpu: bool = False)
     return [one for one in found if one.group > 1 and one.bytes]
 
 
-def sent_by_axis(traffic: list[Traffic]) -> dict[str, float]:
-    """Bytes that one device sends in a step by axes, `fsdp` or `data+expert`."""
-    totals: dict[str, float] = defaultdict(float)
-    for one in traffic:
-        totals["+".join(one.axes)] += one.sent
-    return dict(totals)
-
-
 def held_bytes(config: RunConfig, mesh: Mapping[str, int]) -> float:
     """Bytes of float32 weights that one device of the mesh holds."""
     sizes = {axis: mesh.get(axis, 1) for axis in AXES}
