@@ -47,6 +47,8 @@ NOTES = (
     "eval_loss",
     "too_large",
     "tflops",
+    "shares",
+    "profile",
 )
 
 
@@ -66,8 +68,8 @@ def about() -> dict[str, Any]:
 
 
 def _environment() -> dict[str, str]:
-    own = {"PYTHONPATH": str(ROOT), "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
-    return {**os.environ, **{name: os.environ.get(name, value) for name, value in own.items()}, "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", **os.environ, "PYTHONPATH": path}
 
 
 def run_section(name: str, tiny: bool, seconds: float, keep: Any) -> None:
@@ -122,6 +124,8 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{name} {share:.0%}" for name, share in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

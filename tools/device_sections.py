@@ -39,14 +39,15 @@ class Shape(NamedTuple):
     experts: int = 0  # of width ff each, two of them chosen
 
 
-DENSE: dict[str, Shape] = {  # in the order they are run: what is asked for first
+TARGETED = ("1B", "50M")  # the sizes that a target is set for; run first
+DENSE: dict[str, Shape] = {
     "1B": Shape(2048, 20, 16, 8, 5632, 32768, 4096),
     "50M": Shape(640, 8, 5, 5, 1728, 8192, 2048),
-    "350M": Shape(1024, 24, 8, 8, 2816, 32768, 4096),
     "125M": Shape(768, 12, 6, 6, 2048, 32768, 4096),
-    "3B": Shape(3072, 28, 24, 8, 8192, 32768, 4096),
+    "350M": Shape(1024, 24, 8, 8, 2816, 32768, 4096),
     "30M": Shape(512, 7, 4, 4, 1408, 8192, 2048),
     "10M": Shape(256, 8, 2, 2, 704, 8192, 2048),
+    "3B": Shape(3072, 28, 24, 8, 8192, 32768, 4096),
 }
 MIXTURE = Shape(2048, 14, 16, 8, 3584, 32768, 4096, experts=8)
 TINY = Shape(32, 2, 2, 1, 64, 256, 64)
@@ -186,15 +187,54 @@ def _timed(config: Any, tiny: bool) -> Row:
         "loss_first": first,
         "loss_last": float(metrics["loss"][count - 1]),
     }
+    traced = min(count, 3)
+
+    def again() -> None:
+        nonlocal state
+        state, metrics, _ = compiled(state, batches, jnp.int32(traced))
+        jax.block_until_ready((state.step, metrics))
+
+    row |= where_time_goes(again, traced, compiled.as_text())
     for leaf in jax.tree.leaves((state, batches)):
         leaf.delete()
     return row
 
 
+def where_time_goes(run: Callable[[], Any], steps: int, program: str = "") -> Row:
+    """Shares of `run`, which takes `steps` steps, by category of operation (llamax/report/profile.py), and its heaviest
+    operations; a line that says why where the profiler gives none."""
+    import jax
+
+    from llamax.report.hlo import parse_program
+    from llamax.report.profile import summarize
+    from llamax.report.trace import read_spans
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with jax.profiler.trace(folder):
+                run()
+            found = summarize({"traced_steps": steps}, parse_program(program), read_spans(Path(folder)))
+        except Exception as error:
+            return {"profile": _line(error)}
+    heaviest = [
+        {name: op[name] for name in ("label", "where", "backward", "seconds", "count", "flops_per_second", "names")}
+        for op in found["operations"][:16]
+    ]
+    shares = {name: round(amount["share"], 4) for name, amount in found["shares"].items() if amount["share"] > 0.002}
+    return {"shares": shares, "traced_seconds": found["window_seconds"], "operations": heaviest}
+
+
 def mfu_dense(tiny: bool) -> Iterator[Row]:
-    """The table of dense sizes."""
-    for name, shape in DENSE.items():
-        yield train_row(name, TINY if tiny else shape, tiny)
+    """The dense sizes that a target is set for."""
+    for name in TARGETED:
+        yield train_row(name, TINY if tiny else DENSE[name], tiny)
+
+
+def mfu_table(tiny: bool) -> Iterator[Row]:
+    """The other dense sizes."""
+    for name in DENSE:
+        if name not in TARGETED:
+            yield train_row(name, TINY if tiny else DENSE[name], tiny)
 
 
 def mfu_moe(tiny: bool) -> Iterator[Row]:
@@ -385,6 +425,7 @@ def decode(tiny: bool) -> Iterator[Row]:
         "bandwidth": bandwidth,
         "of_bandwidth": bandwidth and read / seconds / bandwidth,
         "prefill_seconds": timings.prefill,
+        **where_time_goes(lambda: engine.run([prompt], [Sampling(0.0)], [0], 17), 16),
     }
 
 
@@ -503,11 +544,12 @@ def _line(error: BaseException) -> str:
 # In the order of their worth, with the seconds each may take at most.
 SECTIONS: dict[str, tuple[Callable[[bool], Iterator[Row]], float]] = {
     "attention": (attention, 60),
-    "mfu-dense": (mfu_dense, 200),
+    "mfu-dense": (mfu_dense, 150),
     "mfu-moe": (mfu_moe, 100),
     "decode": (decode, 70),
     "torch": (torch, 120),
     "packing": (packing, 100),
+    "mfu-table": (mfu_table, 240),
     "fp8": (fp8, 150),
     "remat": (remat, 120),
 }

@@ -19,7 +19,8 @@ SLOW = ("mfu-moe", "fp8", "remat", "torch")  # several programs to compile
 
 @pytest.fixture
 def one_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_sections, "DENSE", {"1B": device_sections.DENSE["1B"]})
+    monkeypatch.setattr(device_sections, "DENSE", {name: device_sections.DENSE[name] for name in ("1B", "10M")})
+    monkeypatch.setattr(device_sections, "TARGETED", ("1B",))
 
 
 @pytest.mark.parametrize(
