@@ -425,7 +425,7 @@ def decode(tiny: bool) -> Iterator[Row]:
         "bandwidth": bandwidth,
         "of_bandwidth": bandwidth and read / seconds / bandwidth,
         "prefill_seconds": timings.prefill,
-        **where_time_goes(lambda: engine.run([prompt], [Sampling(0.0)], [0], 17), 16),
+        **where_time_goes(lambda: engine.run([prompt], [Sampling(0.0)], [0], new), timings.steps),
     }
 
 

@@ -230,8 +230,8 @@ class TrainConfig(Frozen):
     matrices of dense layers alone; head, router, experts and attention then multiply in bfloat16. `remat` is what the
     backward pass computes again (none, all but weight products, all); auto: the least that fits the devices' memory.
     `loss_chunk` is the number of tokens whose logits exist at once (null: all). `unroll_layers` replaces the scan over
-    layers by straight code (null: where all devices are CPUs and the layers at most 8; the same sums in another order,
-    and faster there). `on_divergence` acts on a loss that is not finite or above
+    layers by straight code (null: up to 8 layers on CPUs, up to 64 on a single GPU; the same sums in another order, and
+    faster there). `on_divergence` acts on a loss that is not finite or above
     `divergence_factor` x the running average.
 
     Weights of losses besides cross-entropy, each 0 or without effect where the model has no such part: `z_loss`

@@ -1,15 +1,17 @@
-"""Rows to experts and back: a fixed number of slots an expert, in as many rounds as the fullest expert needs.
+"""Rows to experts and back: a fixed number of slots an expert, then whatever it takes for the rest.
 
 Batched products [experts, slots, width] are what matrix units like, but loads vary. So each expert gets a little more
-than its even share of slots in a first round, which is straight code, and a loop of smaller rounds serves what is left:
-usually nothing. No pick is ever dropped. Moving rows is a gather in both directions, forward and backward.
+than its even share of slots in a first round, which is straight code, and a loop serves what is left: one block of one
+expert's picks after another where the experts are at hand (`grouped`), smaller rounds of all where they are on other
+devices (`in_rounds`). No pick is ever dropped. Moving a round's rows is a gather in both directions, forward and
+backward.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +128,140 @@ def _batched_backward(compute: str, saved: tuple[Array, Array], g: Array) -> tup
 batched.defvjp(lambda x, w, compute: (batched(x, w, compute), (x, w)), _batched_backward)
 
 
-# ---------------------------------------------------------------- rounds
+# ---------------------------------------------------------------- one round
+Weigh = Literal["input", "output"] | None  # where a pick's weight comes in, if it has one
+
+
+def sent(weigh: Weigh, rows: Array, weights: Float[Array, "rows top_k"] | None, moves: Round) -> Array:
+    """The row of every slot, as its expert reads it."""
+    found = spread(rows, moves)
+    if weigh != "input":
+        return found
+    assert weights is not None
+    return (found * spread(weights.reshape(-1, 1), moves)).astype(rows.dtype)
+
+
+def joined(
+    weigh: Weigh, slots: Array, weights: Float[Array, "rows top_k"] | None, moves: Round, rows: int
+) -> Float[Array, "rows width"]:
+    """The sum over a row's picks of what their slots hold, weighed, in float32."""
+    picked = collect(slots, moves).reshape(rows, -1, slots.shape[-1])
+    if weigh == "output":
+        assert weights is not None
+        picked = picked * weights[..., None]
+    return jnp.sum(picked, axis=1, dtype=jnp.float32)
+
+
+# ---------------------------------------------------------------- experts at hand
+Experts = Callable[[Array, Any], Array]  # (rows [experts x slots, width], matrices [experts, ...]) -> the same of each
+Operands = tuple[Array, Array | None, Any]  # rows [rows, width], weights of their picks [rows, top_k], matrices
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def grouped(experts: Experts, weigh: Weigh, operands: Operands, layout: Layout) -> Float[Array, "rows width"]:
+    """What the experts of every row's picks give, weighed and summed, in float32. `experts` closes over no array."""
+    first, _ = widths(layout.order.size, layout.sizes.size)
+    return _add_blocks(experts, weigh, operands, layout, _first(experts, weigh, operands, round_of(layout, 0, first)))
+
+
+def _first(experts: Experts, weigh: Weigh, operands: Operands, moves: Round) -> Array:
+    rows, weights, matrices = operands
+    return joined(weigh, experts(sent(weigh, rows, weights, moves), matrices), weights, moves, rows.shape[0])
+
+
+class Block(NamedTuple):
+    """Some picks of one expert: which, the rows they are of (past the last one where there is no pick any more)."""
+
+    expert: Int[Array, ""]
+    pick: Int[Array, " slots"]
+    row: Int[Array, " slots"]
+    filled: Array
+
+
+def _in_blocks(step: Callable[[Any, Block], Any], carry: Any, layout: Layout, rows: int) -> Any:
+    """`carry` after a `step` for every block of picks that the first round has no slots for."""
+    picks, top_k = layout.order.size, layout.order.size // rows
+    first, width = widths(picks, layout.sizes.size)
+    if first >= picks:
+        return carry
+    blocks = -(-jnp.maximum(layout.sizes - first, 0) // width)
+    ends = jnp.cumsum(blocks)
+
+    def body(state: tuple[Array, Any]) -> tuple[Array, Any]:
+        i, carry = state
+        expert = jnp.sum(i >= ends, dtype=jnp.int32)
+        place = first + (i - ends[expert] + blocks[expert]) * width + jnp.arange(width, dtype=jnp.int32)
+        filled = place < layout.sizes[expert]
+        pick = layout.order[jnp.minimum(layout.starts[expert] + place, picks - 1)]
+        beyond = rows + jnp.arange(width, dtype=jnp.int32)
+        return i + 1, step(carry, Block(expert, pick, jnp.where(filled, pick // top_k, beyond), filled))
+
+    return jax.lax.while_loop(lambda state: state[0] < ends[-1], body, (jnp.int32(0), carry))[1]
+
+
+def _of_block(operands: Operands, block: Block) -> Operands:
+    """(the rows of a block [slots, width], their weights [slots], the matrices of its expert [1, ...])."""
+    rows, weights, matrices = operands
+    own = None if weights is None else weights.reshape(-1)[block.pick]
+    one = jax.tree.map(lambda m: jax.lax.dynamic_slice_in_dim(m, block.expert, 1), matrices)
+    return rows[jnp.minimum(block.row, rows.shape[0] - 1)], own, one
+
+
+def _block(experts: Experts, weigh: Weigh, rows: Array, weights: Array | None, matrices: Any) -> Array:
+    """What one expert gives for its rows [slots, width], in float32."""
+    if weigh == "input":
+        assert weights is not None
+        rows = (rows * weights[:, None]).astype(rows.dtype)
+    out = experts(rows, matrices).astype(jnp.float32)
+    return out * weights[:, None] if weigh == "output" and weights is not None else out
+
+
+def _put(total: Array, where: Array, new: Array) -> Array:
+    """`total` with `new` added at the rows `where`, all different; those past its end are left out."""
+    return total.at[where].add(new.astype(total.dtype), mode="drop", unique_indices=True)
+
+
+def _add_blocks(experts: Experts, weigh: Weigh, operands: Operands, layout: Layout, total: Array) -> Array:
+    def step(total: Array, block: Block) -> Array:
+        return _put(total, block.row, _block(experts, weigh, *_of_block(operands, block)))
+
+    return _in_blocks(step, total, layout, operands[0].shape[0])
+
+
+def _grouped_forward(experts: Experts, weigh: Weigh, operands: Operands, layout: Layout) -> tuple[Array, Any]:
+    first, _ = widths(layout.order.size, layout.sizes.size)
+    moves = round_of(layout, 0, first)
+    total, pull = jax.vjp(lambda operands: _first(experts, weigh, operands, moves), operands)
+    return _add_blocks(experts, weigh, operands, layout, total), (pull, operands, layout)
+
+
+def _grouped_backward(experts: Experts, weigh: Weigh, saved: Any, g: Array) -> tuple[Operands, None]:
+    """Blocks are computed again: reverse mode cannot go through a loop whose length is data."""
+    pull, operands, layout = saved
+
+    def step(total: Operands, block: Block) -> Operands:
+        rows, weights, matrices = total
+        own = functools.partial(_block, experts, weigh)
+        theirs = jnp.where(block.filled[:, None], g[jnp.minimum(block.row, g.shape[0] - 1)], 0)
+        d_rows, d_weights, d_one = jax.vjp(own, *_of_block(operands, block))[1](theirs)
+        if weights is not None:
+            past = weights.size + jnp.arange(block.pick.size, dtype=jnp.int32)
+            flat = _put(weights.reshape(-1), jnp.where(block.filled, block.pick, past), d_weights)
+            weights = flat.reshape(weights.shape)
+
+        def add(m: Array, new: Array) -> Array:
+            sum_ = jax.lax.dynamic_slice_in_dim(m, block.expert, 1) + new
+            return jax.lax.dynamic_update_slice_in_dim(m, sum_, block.expert, 0)
+
+        return _put(rows, block.row, d_rows), weights, jax.tree.map(add, matrices, d_one)
+
+    return _in_blocks(step, pull(g)[0], layout, operands[0].shape[0]), None
+
+
+grouped.defvjp(_grouped_forward, _grouped_backward)
+
+
+# ---------------------------------------------------------------- experts elsewhere
 OneRound = Callable[[Any, Round], Array]  # (operands, moves) -> its part of the sum
 
 

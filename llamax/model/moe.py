@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from llamax.config.components import Init, MoeMlp
-from llamax.model.dispatch import Round, batched, collect, in_rounds, layout_of, spread
+from llamax.model.dispatch import Round, batched, grouped, in_rounds, joined, layout_of, sent
 from llamax.model.exchange import Matrices, TokenAxes, exchange, on_own_tokens
 from llamax.model.execution import Execution
 from llamax.model.linear import DOT, contract, parameter, weight
@@ -99,8 +99,8 @@ Operands = tuple[Float[Array, "tokens d_model"], Float[Array, "tokens top_k"], M
 def _here(config: MoeMlp, compute: str, tokens: Array, weights: Array, chosen: Array, matrices: Matrices) -> Array:
     """All experts on this device."""
     layout = layout_of(chosen, config.experts)
-    one = functools.partial(_one_round, config, compute)
-    return in_rounds(one, (tokens, weights, matrices), layout).astype(tokens.dtype)
+    through = functools.partial(_through, config, compute)
+    return grouped(through, config.router.weigh, (tokens, weights, matrices), layout).astype(tokens.dtype)
 
 
 def _there(
@@ -118,42 +118,24 @@ def _there(
     return in_rounds(one, (tokens, weights, matrices), layout).astype(tokens.dtype)
 
 
-def _one_round(config: MoeMlp, compute: str, operands: Operands, moves: Round) -> Array:
-    """What the picks of one round add to the output [tokens, d_model], in float32."""
-    tokens, weights, matrices = operands
-    return _joined(config, _through(config, compute, _sent(config, tokens, weights, moves), matrices), weights, moves)
-
-
 def _one_exchange(config: MoeMlp, compute: str, axis: tuple[str, ...], operands: Operands, moves: Round) -> Array:
-    """The same for experts on the devices of `axis`, whose slots `moves` has."""
+    """What the picks of one round add to the output [tokens, d_model], in float32; their experts are on the devices of
+    `axis`, whose slots `moves` has."""
     tokens, weights, matrices = operands
+    weigh = config.router.weigh
     local = matrices["up"].shape[0]
     parts = config.experts // local, -1
     assert moves.label is not None
     experts = jnp.where(moves.filled, moves.label, local).reshape(parts)  # `local`: an empty slot
     theirs = jax.lax.all_to_all(experts, axis, 0, 0)
     send, receive = ((e < local).sum(1, dtype=jnp.int32) for e in (experts, theirs))
-    arrived = exchange(_sent(config, tokens, weights, moves).reshape(*parts, tokens.shape[-1]), send, receive, axis)
+    arrived = exchange(sent(weigh, tokens, weights, moves).reshape(*parts, tokens.shape[-1]), send, receive, axis)
     layout = layout_of(theirs.reshape(-1, 1), local)
     layout = layout._replace(rank=jnp.where(layout.experts < local, layout.rank, 2 * layout.rank.size))  # in no round
-    rows = arrived.reshape(-1, tokens.shape[-1]), matrices
-    out = in_rounds(functools.partial(_one_arrival, config, compute), rows, layout)
-    back = exchange(out.reshape(arrived.shape), receive, send, axis)
-    return _joined(config, back.reshape(-1, tokens.shape[-1]), weights, moves)
-
-
-def _one_arrival(config: MoeMlp, compute: str, operands: tuple[Array, Matrices], moves: Round) -> Array:
-    """The outputs of rows that arrived, in their places; 0 for those of other rounds."""
-    rows, matrices = operands
-    return collect(_through(config, compute, spread(rows, moves), matrices), moves)
-
-
-def _sent(config: MoeMlp, tokens: Array, weights: Array, moves: Round) -> Array:
-    """The row of every slot, as its expert reads it."""
-    rows = spread(tokens, moves)
-    if config.router.weigh == "output":
-        return rows
-    return (rows * spread(weights.reshape(-1, 1), moves)).astype(tokens.dtype)
+    rows = arrived.reshape(-1, tokens.shape[-1])
+    out = grouped(functools.partial(_through, config, compute), None, (rows, None, matrices), layout)
+    back = exchange(out.astype(rows.dtype).reshape(arrived.shape), receive, send, axis)
+    return joined(weigh, back.reshape(-1, tokens.shape[-1]), weights, moves, tokens.shape[0])
 
 
 def _through(config: MoeMlp, compute: str, rows: Array, matrices: Matrices) -> Array:
@@ -166,10 +148,3 @@ def _through(config: MoeMlp, compute: str, rows: Array, matrices: Matrices) -> A
     rows = rows.reshape(matrices["up"].shape[0], -1, width)
     gate = product(rows, "gate") if config.expert.gated else None
     return product(activate(config.expert, product(rows, "up"), gate), "down").reshape(-1, width)
-
-
-def _joined(config: MoeMlp, slots: Array, weights: Array, moves: Round) -> Array:
-    """The sum over a token's picks of what their slots hold, weighed, in float32."""
-    picked = collect(slots, moves).reshape(*weights.shape, -1)
-    scales = weights if config.router.weigh == "output" else jnp.ones_like(weights)
-    return jnp.sum(picked * scales[..., None], axis=1, dtype=jnp.float32)

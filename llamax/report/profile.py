@@ -98,8 +98,13 @@ class Operation(NamedTuple):
 
 
 def describe(program: Program, span: Span) -> Operation:
-    """The operation a span is of; one that is not in the program goes by the profiler's name for it."""
-    instruction = program.find(span.operation) if span.module in ("", program.name) else None
+    """The operation a span is of; one that is not in the program goes by the profiler's name for it.
+
+    In a CUDA graph the operation of every kernel is the graph, `command_buffer_3`; kernels that XLA wrote are still
+    called by their instructions.
+    """
+    ours = span.module in ("", program.name)
+    instruction = (program.find(span.operation) or program.find(span.event)) if ours else None
     if instruction is None:
         return Operation(_first(CATEGORIES, span.event.lower()), PARTS[-1].name, "", False, span.event, 0.0)
     op_name, frames = program.source(instruction)

@@ -42,14 +42,15 @@ LAYER_LOSSES = {
 AVERAGE_DECAY = 0.98  # of the running loss that divergence is measured against: about the last 50 steps
 
 
-UNROLLED = 8  # layers: straight code is faster on a CPU (benchmarks/README.md), but compiles each layer anew
+# Layers up to which a platform runs straight code (benchmarks/notes.md), though it compiles each layer anew: a scan
+# copies every layer's weights out of their stack and what it keeps into another.
+STRAIGHT = {"cpu": 8, "gpu": 64}
 
 
 def execution_of(config: RunConfig, rules: Rules, mesh: Mesh) -> Execution:
     """How a run executes its model on `mesh`."""
     train = config.train
-    cpu = all(device.platform == "cpu" for device in mesh.devices.flat)
-    short = cpu and len(config.model.layers) <= UNROLLED
+    short = len(config.model.layers) <= straight_layers(mesh.devices.flat[0].platform, mesh.size)
     parallel = config.mesh.sequence_parallel
     cut = ("context", "tensor") if parallel else ("context",)
     inside = stream_sharding(rules, mesh, ("context",)) if parallel else None
@@ -68,6 +69,12 @@ def execution_of(config: RunConfig, rules: Rules, mesh: Mesh) -> Execution:
         stages=_stages(config, rules, mesh, cut),
         tokens=token_axes(rules, inside or residual),
     )
+
+
+def straight_layers(platform: str, devices: int) -> int:
+    """The most layers that run as straight code. On several GPUs a scan keeps weights from being gathered layers ahead
+    of their use, so only one that holds all of them goes without."""
+    return 0 if platform != "cpu" and devices > 1 else STRAIGHT.get(platform, 0)
 
 
 def _stages(config: RunConfig, rules: Rules, mesh: Mesh, sequence: tuple[str, ...]) -> Stages | None:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llamax.model.dispatch import batched, collect, in_rounds, layout_of, round_of, spread, widths
+from llamax.model.dispatch import batched, collect, grouped, in_rounds, layout_of, round_of, spread, widths
 
 EXPERTS, TOP_K, WIDTH = 4, 2, 3
 
@@ -74,6 +74,39 @@ def test_replicas_of_different_loads() -> None:
 
     found = jax.vmap(lambda x, c: in_rounds(one, x, layout_of(c, EXPERTS)))(x, chosen)
     np.testing.assert_allclose(found, TOP_K * x, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize("weigh", ["input", "output", None])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_grouped_equals_every_expert_on_every_token(name: str, weigh: str | None, replicas: int) -> None:
+    """In value and gradient; with two replicas, under vmap, of which the other's loads are even."""
+    chosen = jnp.asarray(np.stack([CHOSEN[name], CHOSEN["even"]])[:replicas])
+    rng = np.random.default_rng(0)
+    shapes = ((40, WIDTH), (40, TOP_K), (EXPERTS, WIDTH, WIDTH), (40, WIDTH))
+    x, weights, w, g = (jnp.asarray(rng.standard_normal((replicas, *shape)), jnp.float32) for shape in shapes)
+
+    def experts(rows, w):  # type: ignore[no-untyped-def]
+        return jnp.tanh(batched(rows.reshape(w.shape[0], -1, WIDTH), w, "float32")).reshape(-1, WIDTH)
+
+    def ours(x, weights, w, chosen):  # type: ignore[no-untyped-def]
+        return grouped(experts, weigh, (x, None if weigh is None else weights, w), layout_of(chosen, EXPERTS))
+
+    def dense(x, weights, w, chosen):  # type: ignore[no-untyped-def]
+        own = w[chosen]  # [tokens, top_k, inputs, outputs]
+        into = x[:, None] * (weights[..., None] if weigh == "input" else 1.0)
+        out = jnp.tanh(jnp.einsum("tki,tkio->tko", into, own))
+        return (out * (weights[..., None] if weigh == "output" else 1.0)).sum(1)
+
+    def both(function):  # type: ignore[no-untyped-def]
+        def one(x, weights, w, g, chosen):  # type: ignore[no-untyped-def]
+            y, pull = jax.vjp(lambda *a: function(*a, chosen), x, weights, w)
+            return y, *pull(g)
+
+        return jax.jit(jax.vmap(one))(x, weights, w, g, chosen)
+
+    for a, b in zip(both(ours), both(dense), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize(("picks", "experts", "expected"), [(32768, 8, (4608, 1152)), (12, 4, (8, 8)), (2, 8, (2, 8))])

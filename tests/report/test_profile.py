@@ -119,6 +119,12 @@ def test_category_of_a_kernel_the_profiler_names(gpu: Program, kernel: str, cate
     assert describe(gpu, span(kernel, module="")).category == category
 
 
+def test_a_kernel_in_a_cuda_graph_is_found_by_its_own_name(gpu: Program) -> None:
+    found = describe(gpu, span("command_buffer_2", event="loop_exponential_fusion_6"))
+    assert (found.category, found.part) == ("exp", "attention")
+    assert describe(gpu, span("command_buffer_2", event="nvjet_hsh_128x256")).category == "matmul"
+
+
 def test_an_operation_of_another_program_is_not_looked_up(gpu: Program) -> None:
     assert describe(gpu, span("copy.8", module="jit_convert")).part == PARTS[-1].name
     assert describe(gpu, span("subtract.11", module="jit_convert")).category == "other"

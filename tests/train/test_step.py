@@ -17,7 +17,7 @@ from llamax.errors import UserError
 from llamax.mesh.rules import load_rules, make_mesh
 from llamax.model.execution import Execution
 from llamax.train.state import TrainState, hyper_of
-from llamax.train.step import AVERAGE_DECAY, Dispatch, execution_of, loss_and_gradients, train_step
+from llamax.train.step import AVERAGE_DECAY, Dispatch, execution_of, loss_and_gradients, straight_layers, train_step
 from tests.train.runs import MIXTURE, STEPS, assert_same_bits, go, prepare, run_config, tokens_of
 
 MOE = f"model.mlp={MIXTURE}"
@@ -323,3 +323,9 @@ def test_a_cpu_runs_few_layers_as_straight_code():
     assert not unrolls("model.segments=[{repeat: 9}]")
     assert unrolls("model.segments=[{repeat: 9}]", "train.unroll_layers=true")
     assert not unrolls("train.unroll_layers=false")
+
+
+def test_straight_code_by_platform():
+    """Of GPUs only one alone: on several a scan keeps gathered weights from piling up."""
+    found = [straight_layers(*place) for place in (("cpu", 2), ("gpu", 1), ("gpu", 2), ("tpu", 1))]
+    assert found == [8, 64, 0, 0]
