@@ -47,6 +47,7 @@ NOTES = (
     "eval_loss",
     "too_large",
     "tflops",
+    "load_entropy",
     "shares",
     "profile",
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -105,13 +107,14 @@ def position_tables(config: ModelConfig, length: int, planned: int | None = None
     return PositionTables(rotary, jnp.asarray(sinusoids(length, config.d_model)) if sinusoidal else None)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rotate(
     x: Float[Array, "batch seq heads head_dim"], table: Float[Array, "2 *where half"], layout: RotaryLayout = "half"
 ) -> Float[Array, "batch seq heads head_dim"]:
     """x with its first 2 x half dimensions rotated, the rest as it was.
 
-    `table` is [2, seq, half], or [2, batch, seq, half] where rows are at different positions. Dimension i turns with
-    i + half, or 2i with 2i + 1 where the layout is interleaved.
+    `table` is [2, seq, half], or [2, batch, seq, half] where rows are at different positions; it is a constant, without
+    a gradient. Dimension i turns with i + half, or 2i with 2i + 1 where the layout is interleaved.
     """
     half = table.shape[-1]
     cos, sin = (t[..., None, :].astype(x.dtype) for t in table)
@@ -122,6 +125,14 @@ def rotate(
         return jnp.concatenate([jnp.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(turned.shape), rest], -1)
     a, b = turned[..., :half], turned[..., half:]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+
+
+def _rotate_backward(layout: RotaryLayout, table: Array, g: Array) -> tuple[Array, None]:
+    """The rotation back. Autodiff of the slices would pad each part to the whole and add them up."""
+    return rotate(g, table * jnp.asarray([1.0, -1.0]).reshape(2, *[1] * (table.ndim - 1)), layout), None
+
+
+rotate.defvjp(lambda x, table, layout: (rotate(x, table, layout), table), _rotate_backward)
 
 
 def query_temperature(config: Temperature, positions: Int[Array, "*where"]) -> Float[Array, "*where"]:

@@ -221,3 +221,16 @@ def test_sinusoids_of_the_paper(width: int) -> None:
         for i in range(width):
             angle = position / 10000 ** (2 * (i // 2) / width)
             assert table[position, i] == pytest.approx(math.cos(angle) if i % 2 else math.sin(angle), abs=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+@pytest.mark.parametrize("factor", [1.0, 1.3])
+def test_the_gradient_of_a_rotation_is_its_adjoint(layout: str, factor: float) -> None:
+    """<rotate(x), g> = <x, pulled g> for all x and g, as rotate is linear; also where only a part of a head turns, and
+    with YaRN's factor on cos and sin."""
+    rng = np.random.default_rng(0)
+    x, g = (jnp.asarray(rng.standard_normal((2, 6, 3, 12)), jnp.float32) for _ in range(2))
+    table = factor * jnp.asarray(rotary_table(Rope(theta=100.0), 8, 6))
+    y, pull = jax.vjp(lambda x: rotate(x, table, layout), x)
+    np.testing.assert_allclose(jnp.vdot(y, g), jnp.vdot(x, pull(g)[0]), rtol=1e-5)
+    np.testing.assert_allclose(pull(g)[0][..., 8:], g[..., 8:])
