@@ -2,15 +2,19 @@
 
     python tools/bench_mesh.py                   all models; some minutes on two free cores
     python tools/bench_mesh.py dense --repeats 3
+    python tools/bench_mesh.py --fit             and the rates of layout.py's SIMULATED that fit what was measured
 
 Prints processor seconds a step (the devices share the machine's cores, so that this is what wall-clock time would be on
 a machine that does nothing else), in rounds over all layouts, the median of the rounds; the estimate beside it; and the
-ratio of the pick to the best, which is to be below 1.3.
+ratio of the pick to the best, which is to be below 1.3. The fit is a non-negative least-squares one of relative errors
+over all layouts of all models: the estimate is linear in the seconds of a FLOP, a byte moved, a byte sent and a call.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import math
 import os
 import statistics
 import sys
@@ -22,8 +26,10 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from scipy.optimize import nnls
 
-from llamax.accounting.layout import layouts, rates_of
+from llamax.accounting.layout import SIMULATED, Rates, estimate, layouts, rates_of
 from llamax.config.run import RunConfig
 from llamax.errors import UserError
 from llamax.mesh.rules import batch_sharding, load_rules
@@ -77,8 +83,11 @@ def step_of(config: RunConfig) -> Any:
     return run
 
 
-def compare(name: str, repeats: int) -> float:
-    """The ratio of the pick's seconds to the best's."""
+Measured = list[tuple[RunConfig, dict[str, int], float]]  # run, sizes of the axes, processor seconds a step
+
+
+def compare(name: str, repeats: int, found: Measured) -> float:
+    """The ratio of the pick's seconds to the best's; what was measured goes to `found`."""
     ranked = layouts(config_of(name), DEVICES, rates_of("cpu"), None)
     runs = {}
     for one in ranked:
@@ -94,17 +103,35 @@ def compare(name: str, repeats: int) -> float:
     print(f"\n{name}: {MODELS[name][1]}\n{'layout':32} {'measured ms':>12} {'estimated ms':>13}")
     for one in ranked:
         if one.name in measured:
+            found.append((config_of(name), one.sizes, measured[one.name]))
             print(f"{one.name:32} {measured[one.name] * 1e3:12.2f} {one.seconds * 1e3:13.2f}", flush=True)
     pick = next(one.name for one in ranked if one.name in measured)
     best = min(measured, key=measured.__getitem__)
     ratio = measured[pick] / measured[best]
-    print(f"pick {pick}, best {best}: {ratio:.2f}", flush=True)
+    worst = max(measured.values()) / measured[best]
+    print(f"pick {pick}, best {best}: {ratio:.2f} (the worst: {worst:.2f}; {len(measured)} layouts)", flush=True)
     return ratio
+
+
+def fit(found: Measured) -> Rates:
+    """The rates whose estimates come nearest to what was measured."""
+    free = Rates(math.inf, math.inf, math.inf, math.inf, 0.0, SIMULATED.domain, cpu=True)
+    one_by_one = [{"peak": 1.0}, {"memory": 1.0}, {"link": 1.0, "network": 1.0}, {"latency": 1.0}]
+    units = [dataclasses.replace(free, **rate) for rate in one_by_one]
+    rows = [[estimate(config, sizes, rates).seconds / seconds for rates in units] for config, sizes, seconds in found]
+    (flop, byte, sent, latency), _ = nnls(np.array(rows), np.ones(len(rows)))
+    peak, memory, link = (1 / cost if cost else math.inf for cost in (flop, byte, sent))
+    return dataclasses.replace(SIMULATED, peak=peak, memory=memory, link=link, network=link, latency=latency)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=list(MODELS), choices=[*MODELS, []])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--fit", action="store_true", help="print the rates that fit")
     given = parser.parse_args()
-    sys.exit(max(compare(name, given.repeats) for name in given.models) > 1.3)
+    found: Measured = []
+    worst = max(compare(name, given.repeats, found) for name in given.models)
+    if given.fit:
+        print(fit(found))
+    sys.exit(worst > 1.3)

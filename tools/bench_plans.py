@@ -23,7 +23,7 @@ PLANS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("llama3.1/70b", "v5p:4x4x8", ()),
     ("llama3.1/405b", "v5p:8x8x8", ()),
     ("mixtral/8x22b", "v5p:4x4x8", ("mesh.expert=8",)),
-    ("deepseek_v3/671b", "v5p:8x8x8", ("mesh.expert=64",)),
+    ("deepseek_v3/671b", "v5p:8x8x16", ("mesh.expert=16",)),
 )
 GIB = 2**30
 

@@ -118,9 +118,10 @@ def _divides(config: RunConfig, sizes: Mapping[str, int]) -> bool:
     mixtures = [mlp for block in model.layers for mlp in (block.mlp, block.branch) if isinstance(mlp, MoeMlp)]
     heads = [n for b in model.layers for n in _heads(b.attention)]
     widths = [w for b in model.layers for mlp in (b.mlp, b.branch) if mlp is not None for w in _widths(mlp)]
+    inputs = [model.d_model, *(rank for b in model.layers for rank in _ranks(b.attention))]
     return (
         train.batch_size // train.grad_accumulation % (sizes["data"] * sizes["fsdp"] * expert) == 0
-        and model.d_model % (sizes["fsdp"] * context) == 0
+        and all(n % (sizes["fsdp"] * context) == 0 for n in inputs)
         and all(n % tensor == 0 for n in (*heads, *widths, model.vocab_size))
         and (expert == 1 or bool(mixtures))
         and all(mlp.experts % expert == 0 for mlp in mixtures)
@@ -133,6 +134,13 @@ def _divides(config: RunConfig, sizes: Mapping[str, int]) -> bool:
 def _heads(attention: object) -> tuple[int, ...]:
     heads = attention.heads  # type: ignore[attr-defined]
     return (heads,) if isinstance(attention, LatentAttention) else (heads, attention.kv_heads)  # type: ignore[attr-defined]
+
+
+def _ranks(attention: object) -> list[int]:
+    """The widths of the latents that matrices of a layer read."""
+    if not isinstance(attention, LatentAttention):
+        return []
+    return [rank for rank in (attention.q_rank, attention.kv_rank) if rank is not None]
 
 
 def _widths(mlp: Mlp | MoeMlp) -> list[int]:

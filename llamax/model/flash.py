@@ -9,10 +9,12 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 Shape = tuple[int, ...]
+LANES = 128  # of a TPU's registers
 
 
 def cudnn(
@@ -45,7 +47,7 @@ def cudnn(
 def splash(
     q: Float[Array, "batch seq heads head_dim"],
     k: Float[Array, "batch seq kv_heads head_dim"],
-    v: Float[Array, "batch seq kv_heads head_dim"],
+    v: Float[Array, "batch seq kv_heads value_dim"],
     *,
     scale: float,
     dtype: str,
@@ -53,11 +55,16 @@ def splash(
     softcap: float | None = None,
     segments: Int[Array, "batch seq"] | None = None,
     interpret: bool = False,
-) -> Float[Array, "batch seq heads head_dim"]:
-    """Splash attention on a TPU (jax.experimental.pallas.ops.tpu): blocks that a mask empties are never visited."""
+) -> Float[Array, "batch seq heads value_dim"]:
+    """Splash attention on a TPU (jax.experimental.pallas.ops.tpu): blocks that a mask empties are never visited.
+
+    Heads of a width that is no multiple of LANES are filled up with zeros, which leave scores and values as they are.
+    """
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 
-    batch, seq, heads, dim = q.shape
+    batch, seq, heads, _ = q.shape
+    value_dim = v.shape[-1]
+    q, k, v = (jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, -a.shape[-1] % LANES))) for a in (q, k, v))
     group = heads // k.shape[2]
     shape = (seq, seq)
     mask = library.CausalMask(shape) if window is None else library.LocalMask(shape, (window - 1, 0), 0)
@@ -67,12 +74,12 @@ def splash(
         attn_logits_soft_cap=softcap,
         interpret=interpret,
     )
-    grouped = (q * scale).reshape(batch, seq, k.shape[2], group, dim).transpose(0, 2, 3, 1, 4).astype(dtype)
+    grouped = (q * scale).reshape(batch, seq, k.shape[2], group, -1).transpose(0, 2, 3, 1, 4).astype(dtype)
     k, v = (a.transpose(0, 2, 1, 3).astype(dtype) for a in (k, v))
     ids = None if segments is None else library.SegmentIds(segments, segments)
     heads_of_a_row = jax.vmap(kernel, (0, 0, 0, None))
     out = jax.vmap(heads_of_a_row, (0, 0, 0, None if ids is None else 0))(grouped, k, v, ids)
-    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, seq, heads, -1)[..., :value_dim].astype(q.dtype)
 
 
 def _splash_blocks(library, seq: int):  # type: ignore[no-untyped-def]
@@ -83,21 +90,23 @@ def _splash_blocks(library, seq: int):  # type: ignore[no-untyped-def]
 
 class Cover(NamedTuple):
     """What a kernel computes: with which `features` of a call besides scale and causal order, and which sizes; whether
-    XLA's partitioner knows how to cut it over devices."""
+    values may be narrower than keys; whether XLA's partitioner knows how to cut it over devices."""
 
     run: Callable[..., Array]
     features: frozenset[str]
     dtypes: tuple[str, ...]
-    head_dim: tuple[int, int]  # a multiple of, at most
+    head_dim: tuple[int, int, int]  # a multiple of, at least, at most
+    narrow: bool
     seq: int  # a multiple of
     partitions: bool
 
 
-# Sizes: jax/_src/cudnn/fused_attention_stablehlo.py (256 on Hopper, 128 before) and the block sizes of splash.
+# Sizes: jax/_src/cudnn/fused_attention_stablehlo.py (256 on Hopper, 128 before) and the block sizes of splash, which
+# takes the 192 of latent attention as 256; of 64 taken as 128, half of what it multiplies would be zeros.
 COVERS: dict[str, Cover] = {
-    "cudnn": Cover(cudnn, frozenset({"window", "segments"}), ("bfloat16", "float16"), (8, 128), 2, True),
+    "cudnn": Cover(cudnn, frozenset({"window", "segments"}), ("bfloat16", "float16"), (8, 8, 128), False, 2, True),
     "splash": Cover(
-        splash, frozenset({"window", "softcap", "segments"}), ("bfloat16", "float32"), (128, 256), 128, False
+        splash, frozenset({"window", "softcap", "segments"}), ("bfloat16", "float32"), (8, 128, 256), True, 128, False
     ),
 }
 HEADS = "tensor"  # the mesh axis that cuts heads, where it divides them
@@ -130,12 +139,13 @@ def covering(
 ) -> str | None:
     """The first of `kernels` that computes a call with these features and [batch, seq, heads, width] shapes, or None:
     the reference does. Named features are the fields of `Logits` and `Sight` that are set."""
-    square = queries[1] == keys[1] and queries[3] == values[3] == keys[3]
+    square = queries[1] == keys[1] and queries[3] == keys[3]
     for name in kernels:
         cover = COVERS.get(name)
         if cover is None or not square or not features <= cover.features or dtype not in cover.dtypes:
             continue
-        multiple, most = cover.head_dim
-        if queries[3] % multiple == 0 and queries[3] <= most and queries[1] % cover.seq == 0:
+        multiple, least, most = cover.head_dim
+        fits = queries[3] % multiple == 0 and least <= queries[3] <= most and queries[1] % cover.seq == 0
+        if fits and (values[3] == keys[3] or (cover.narrow and values[3] < keys[3])):
             return name
     return None

@@ -33,7 +33,7 @@ class Indexer(nnx.Module):
         keys = jax.random.split(key, 3)
         heads, dim = config.heads, config.head_dim
         self.config, self.rotates = config, rotates
-        self.query = weight(keys[0], (q_rank, heads, dim), ("latent", "index_heads", "head_dim"), init)
+        self.query = weight(keys[0], (q_rank, heads, dim), ("rank", "index_heads", "head_dim"), init)
         self.key = weight(keys[1], (d_model, dim), ("embed", "head_dim"), init)
         self.key_norm = Normalize(config.norm, dim, ("head_dim",))
         self.weights = weight(keys[2], (d_model, heads), ("embed", "index_heads"), init)

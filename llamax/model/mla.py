@@ -45,10 +45,10 @@ class MultiHeadLatentAttention(nnx.Module):
         else:
             self.q_down = weight(keys[0], (d_model, config.q_rank), ("embed", "latent"), init)
             self.q_norm = Normalize(config.norm, config.q_rank, ("latent",))
-            self.q_up = weight(keys[1], (config.q_rank, heads, config.head_dim), ("latent", "heads", "head_dim"), init)
+            self.q_up = weight(keys[1], (config.q_rank, heads, config.head_dim), ("rank", "heads", "head_dim"), init)
         self.kv_down = weight(keys[2], (d_model, rank + config.rope_dim), ("embed", "latent"), init)
         self.kv_norm = Normalize(config.norm, rank, ("latent",))
-        self.kv_up = weight(keys[3], (rank, heads, up), ("latent", "heads", "head_dim"), init)
+        self.kv_up = weight(keys[3], (rank, heads, up), ("rank", "heads", "head_dim"), init)
         out = (heads, config.value_dim, d_model)
         rotates = isinstance(position, Rope)
         if config.indexer is not None and config.q_rank is not None:

@@ -18,14 +18,16 @@ from llamax.train.state import abstract_state
 from llamax.train.step import execution_of, train_step
 
 BATCH, SEQ = 16, 64
-MLPS = {
-    "dense": {"kind": "swiglu", "d_ff": 128},
-    "experts": {"kind": "moe", "experts": 8, "top_k": 2, "expert": {"kind": "swiglu", "d_ff": 32}},
+LATENT = {"kind": "mla", "heads": 8, "q_rank": 32, "kv_rank": 16, "nope_dim": 8, "rope_dim": 4, "value_dim": 8}
+LAYERS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "latent": {"attention": LATENT},
+    "experts": {"mlp": {"kind": "moe", "experts": 8, "top_k": 2, "expert": {"kind": "swiglu", "d_ff": 32}}},
 }
 SUMS = ("all-reduce", "reduce-scatter")  # a CPU has the first in place of the second
 
 
-def run_config(mlp: str = "dense", mesh: dict[str, Any] | None = None, **train: Any) -> RunConfig:
+def run_config(layers: str = "dense", mesh: dict[str, Any] | None = None, **train: Any) -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": {
@@ -35,8 +37,9 @@ def run_config(mlp: str = "dense", mesh: dict[str, Any] | None = None, **train: 
                 "segments": [{"repeat": 2}],
                 "attention": {"kind": "gqa", "heads": 8, "kv_heads": 8},
                 "position": {"kind": "rope"},
-                "mlp": MLPS[mlp],
+                "mlp": {"kind": "swiglu", "d_ff": 128},
                 "head": {"tied": False},
+                **LAYERS[layers],
             },
             "mesh": {"data": 1, **(mesh or {})},
             "train": {
@@ -77,17 +80,18 @@ def by_formula(config: RunConfig) -> dict[tuple[tuple[str, ...], str], float]:
 
 
 @pytest.mark.parametrize(
-    ("mesh", "mlp", "tolerance"),
+    ("mesh", "layers", "tolerance"),
     [
         ({"data": 8}, "dense", 1e-4),
         ({"fsdp": 8}, "dense", 0.02),  # norms' scales are gathered in pieces, gradient norms summed
+        ({"fsdp": 8}, "latent", 0.02),  # no array of activations is cut along a latent
         ({"tensor": 8}, "dense", 0.01),  # and sums over the vocabulary
         ({"context": 8}, "dense", 0.02),
         ({"expert": 8}, "experts", 0.01),
     ],
 )
-def test_the_compiled_step_sends_what_the_formulas_say(mesh: dict[str, int], mlp: str, tolerance: float) -> None:
-    config = run_config(mlp, mesh)
+def test_the_compiled_step_sends_what_the_formulas_say(mesh: dict[str, int], layers: str, tolerance: float) -> None:
+    config = run_config(layers, mesh)
     found, expected = of_the_program(config), by_formula(config)
     total = sum(expected.values())
     for key in found.keys() | expected.keys():

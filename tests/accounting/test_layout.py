@@ -16,7 +16,15 @@ from llamax.config.run import RunConfig
 H100 = "NVIDIA H100 80GB HBM3"
 
 
-def run_config(name: str | None = None, mlp: dict[str, Any] | None = None, **train: Any) -> RunConfig:
+LATENT = {"kind": "mla", "heads": 4, "q_rank": 8, "kv_rank": 12, "nope_dim": 8, "rope_dim": 4, "value_dim": 8}
+
+
+def run_config(
+    name: str | None = None,
+    mlp: dict[str, Any] | None = None,
+    attention: dict[str, Any] | None = None,
+    **train: Any,
+) -> RunConfig:
     from llamax.config.load import model_data
 
     small = {
@@ -24,7 +32,7 @@ def run_config(name: str | None = None, mlp: dict[str, Any] | None = None, **tra
         "d_model": 64,
         "max_seq_len": 128,
         "segments": [{"repeat": 6}],
-        "attention": {"heads": 4, "kv_heads": 2},
+        "attention": attention or {"heads": 4, "kv_heads": 2},
         "position": {"kind": "rope"},
         "mlp": mlp or {"kind": "swiglu", "d_ff": 96},
     }
@@ -47,6 +55,13 @@ def test_candidates_are_all_that_divide() -> None:
 def test_experts_are_cut_by_what_divides_them(experts: int) -> None:
     mixture = {"kind": "moe", "experts": experts, "top_k": 2, "expert": {"kind": "swiglu", "d_ff": 32}}
     assert max(sizes["expert"] for sizes in candidates(run_config(mlp=mixture), 8)) == math.gcd(experts, 8)
+
+
+def test_a_latent_bounds_what_cuts_the_matrices_that_read_it() -> None:
+    """A rank of 12 goes over 4 devices and not over 8."""
+    found = list(candidates(run_config(attention=LATENT), 8))
+    assert max(sizes["fsdp"] * sizes["context"] for sizes in found) == 4
+    assert {(sizes["fsdp"], sizes["context"]) for sizes in found} >= {(4, 1), (2, 2), (1, 4)}
 
 
 def test_memory_decides_before_time() -> None:

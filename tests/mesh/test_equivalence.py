@@ -78,6 +78,7 @@ MESHES = [
     ({"fsdp": 8, "data": 1}, "dense"),
     ({"data": 2, "tensor": 4}, "dense"),
     ({"fsdp": 2, "expert": 4, "data": 1}, "mixture"),
+    ({"fsdp": 8, "data": 1}, "latent"),
 ]
 MORE = [
     ({"data": 2, "tensor": 4}, "latent"),

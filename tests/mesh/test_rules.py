@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +9,13 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec
 
+from llamax.config.cards import card_names
+from llamax.config.load import load_model
 from llamax.config.mesh import MeshConfig
 from llamax.config.run import RunConfig
 from llamax.errors import UserError
-from llamax.mesh.rules import AXES, Rules, batch_sharding, batch_ways, load_rules, make_mesh, spec_of
+from llamax.mesh.rules import AXES, Rules, batch_sharding, batch_ways, load_rules, make_mesh, shardings, spec_of
+from llamax.model.transformer import Transformer
 from llamax.train.state import abstract_state
 
 RULES: Rules = load_rules("default")
@@ -83,6 +88,30 @@ def test_optimizer_state_lies_with_its_parameter() -> None:
     assert len(placed) == 3  # query and its two moments
     assert {leaf.sharding.spec for leaf in placed} == {PartitionSpec(None, "fsdp", "tensor", None)}
     assert state.step.sharding.spec == PartitionSpec()
+
+
+def sizes_of_every_family() -> Iterator[Any]:
+    """All shipped models; those beside the first of each family are slow."""
+    families: set[str] = set()
+    for name in card_names():
+        family = name.partition("/")[0]
+        yield pytest.param(name, marks=[pytest.mark.slow] if family in families else [])
+        families.add(family)
+
+
+@pytest.mark.parametrize("name", list(sizes_of_every_family()))
+def test_fsdp_cuts_every_large_weight(name: str) -> None:
+    """No array of more than 1e5 numbers a layer is whole on a device; biases and norm weights are smaller."""
+    config = load_model(name)
+    model = jax.eval_shape(lambda: Transformer(config, key=jax.random.key(0)))
+    places = jax.tree.leaves(shardings(model, model, RULES, mesh_of(fsdp=8)))
+    whole = []
+    for (path, leaf), place in zip(jax.tree_util.tree_leaves_with_path(model), places, strict=True):
+        where = jax.tree_util.keystr(path, simple=True, separator=".")
+        layers = leaf.shape[0] if where.startswith("stacks.") else 1
+        if leaf.size > 1e5 * layers and 8 * math.prod(place.shard_shape(leaf.shape)) != leaf.size:
+            whole.append(where)
+    assert not whole
 
 
 def test_batch_lies_over_everything_but_tensor() -> None:

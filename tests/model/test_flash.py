@@ -21,9 +21,10 @@ from llamax.model.scores import Logits, Sight
 Arrays = tuple[jax.Array, ...]
 
 
-def inputs(seq: int, heads: int, kv_heads: int, dim: int) -> list[jax.Array]:
+def inputs(seq: int, heads: int, kv_heads: int, dim: int, value_dim: int | None = None) -> list[jax.Array]:
+    value_dim = value_dim or dim
     rng = np.random.default_rng(heads + kv_heads)
-    shapes = [(2, seq, heads, dim), (2, seq, kv_heads, dim), (2, seq, kv_heads, dim), (2, seq, heads, dim)]
+    shapes = [(2, seq, heads, dim), (2, seq, kv_heads, dim), (2, seq, kv_heads, value_dim), (2, seq, heads, value_dim)]
     return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
 
 
@@ -40,8 +41,17 @@ def value_and_gradient(function: Any, q: jax.Array, k: jax.Array, v: jax.Array, 
     return [y, *gradient]
 
 
-def compare(kernel: Any, seq: int, heads: int, kv_heads: int, dim: int, case: dict[str, Any], tolerance: float) -> None:
-    *operands, g = inputs(seq, heads, kv_heads, dim)
+def compare(
+    kernel: Any,
+    seq: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    case: dict[str, Any],
+    tolerance: float,
+    value_dim: int | None = None,
+) -> None:
+    *operands, g = inputs(seq, heads, kv_heads, dim, value_dim)
     segments = documents(seq) if "segments" in case else None
     options = {name: value for name, value in case.items() if name != "segments"}
     sight, logits = Sight(segments=segments), Logits(**{"scale": dim**-0.5, **options})
@@ -71,6 +81,11 @@ def test_cudnn_call_means_attend(case: dict[str, Any], kv_heads: int) -> None:
 def test_splash_means_attend(case: dict[str, Any]) -> None:
     """The kernel itself, interpreted."""
     compare(lambda *a, **o: splash(*a, interpret=True, **o), 256, 2, 1, 128, case, 2e-5)
+
+
+def test_splash_of_latent_attention_means_attend() -> None:
+    """Keys of 192, which the kernel takes as 256, and values of 128, of as many heads as queries."""
+    compare(lambda *a, **o: splash(*a, interpret=True, **o), 256, 2, 2, 192, {"scale": 0.1}, 2e-5, value_dim=128)
 
 
 @pytest.mark.parametrize("segments", [False, True])
@@ -111,6 +126,9 @@ def test_what_cudnn_covers(kernel: str | None, features: set[str], dtype: str, s
 
 def test_what_splash_covers() -> None:
     assert covering(("splash",), {"softcap", "window"}, "float32", SHAPE, KEYS, KEYS) == "splash"
+    latent = (2, 256, 4, 192), (2, 256, 4, 192), (2, 256, 4, 128)
+    assert covering(("splash",), {"segments"}, "bfloat16", *latent) == "splash"
+    assert covering(("splash",), set(), "bfloat16", KEYS, KEYS, (2, 256, 2, 256)) is None
     assert covering(("splash",), set(), "float32", *((2, 192, 4, 128),) * 3) is None
     assert covering(("splash",), set(), "float32", *((2, 256, 4, 64),) * 3) is None
 
