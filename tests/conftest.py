@@ -7,17 +7,11 @@ import os
 import tempfile
 from pathlib import Path
 
+from tests.compiler import flags
+
 # Before anything imports jax: the platform and the device count are read once.
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests run a program a few times on tiny arrays, so compiling is what they take: LLVM's optimizer would be three
-# quarters of all test time, the emitters of fusions and cutting a program into parts three quarters of the rest.
-FLAGS = (
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
-    "--xla_cpu_use_fusion_emitters=false",
-    "--xla_cpu_parallel_codegen_split_count=1",
-)
-for _flag in FLAGS:
+for _flag in flags(devices=8).split():
     if _flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
 os.environ["LLAMAX_CACHE"] = tempfile.mkdtemp(prefix="llamax-test-cache-")

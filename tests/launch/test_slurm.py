@@ -27,6 +27,7 @@ from llamax.sweep.claim import holder
 from llamax.sweep.plan import Plan, make_plan
 from llamax.sweep.status import status
 from llamax.sweep.study import open_study
+from tests.compiler import flags
 from tests.data.corpora import small_store
 from tests.launch.cluster import cluster, lose, run, wait_for
 
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).resolve().parents[2]
 PATHS = os.pathsep.join([str(ROOT / "tests" / "launch" / "slowly"), str(ROOT)])
 WORKER = {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
+    "XLA_FLAGS": flags(),
     "PYTHONPATH": PATHS,
     # Only process 0 writes to it, so the second time it would start half a minute before the other has compiled, which
     # is as long as gloo waits.

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llamax.train.run_dir import read_metrics
+from tests.compiler import flags
 from tests.processes.forked import Forked
 
 ROOT = Path(__file__).parents[2]
@@ -121,9 +122,8 @@ def start(
     """
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port() if port is None else port
-    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("LLAMAX_", "SLURM_", "JOB_"))}
-    common = {**clean, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    common = {**clean, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags(devices), "PYTHONPATH": str(ROOT)}
     common["LLAMAX_CACHE"] = os.environ["LLAMAX_CACHE"]
     processes: list[subprocess.Popen[bytes] | Forked] = []
     logs = []

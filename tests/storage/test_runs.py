@@ -35,6 +35,7 @@ from llamax.train.loop import train
 from llamax.train.mirror import stage
 from llamax.train.progress import Progress
 from llamax.train.run_dir import CHECKPOINTS, read_evals, read_metrics, read_result
+from tests.compiler import flags
 from tests.train.runs import RUN, run_config, write_texts
 from tests.train.test_loop import untimed
 
@@ -341,7 +342,7 @@ def start(emulator: Moto | FakeGCS, store: Path, tmp_path: Path) -> Iterator[Cal
         data: dict[str, Any] = {**RUN, "data": {"store": str(store)}, "checkpoint": {"every_steps": 40}}
         data["train"] = {**RUN["train"], "steps": steps, "steps_per_dispatch": 2}
         env = environment(emulator) | {"LLAMAX_CACHE": str(tmp_path / cache), "JAX_PLATFORMS": "cpu"}
-        env["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+        env["XLA_FLAGS"] = flags()
         words = [sys.executable, "-m", "tests.storage.runner", json.dumps(data), address]
         started.append(subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True))
         return started[-1]

@@ -18,6 +18,7 @@ from llamax.sweep.crew import AGAIN, ASKED
 from llamax.sweep.plan import make_plan
 from llamax.sweep.status import status
 from llamax.sweep.study import open_study
+from tests.compiler import flags
 from tests.data.corpora import small_store
 from tests.processes.harness import free_port
 
@@ -31,12 +32,12 @@ class Worker:
 
     def __init__(self, study: Path) -> None:
         place = {"LLAMAX_COORDINATOR": f"127.0.0.1:{free_port()}", "LLAMAX_PROCESSES": "2"}
-        flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "PYTHONPATH": str(ROOT)}
+        own = {"XLA_FLAGS": flags(), "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "llamax.sweep.worker", str(study)]
         self.logs = [study / f"process-{i}.log" for i in range(2)]
         self.processes = []
         for i, log in enumerate(self.logs):
-            env = os.environ | flags | place | {"LLAMAX_PROCESS": str(i)}
+            env = os.environ | own | place | {"LLAMAX_PROCESS": str(i)}
             with log.open("ab") as file:
                 self.processes.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=file, stderr=file))
 

@@ -14,6 +14,7 @@ import pytest
 
 from llamax.config.load import dump_yaml
 from llamax.train.run_dir import read_evals, read_metrics
+from tests.compiler import flags
 from tests.train.runs import run_config
 from tests.train.test_loop import untimed
 
@@ -32,9 +33,8 @@ def command(store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def start(command: list[str], path: Path, log: Path) -> subprocess.Popen[bytes]:
-    flags = "--xla_backend_optimization_level=0"  # one device
     with open(log, "ab") as out:
-        words, env = [*command, str(path)], os.environ | {"XLA_FLAGS": flags}
+        words, env = [*command, str(path)], os.environ | {"XLA_FLAGS": flags()}
         return subprocess.Popen(words, cwd=ROOT, env=env, stderr=out, stdout=out)
 
 
