@@ -6,14 +6,19 @@ import functools
 import hashlib
 import json
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)  # it has no public name
 
 _PLUGINS = "PYDANTIC_DISABLE_PLUGINS"
 
 
-class _WithoutPlugins(type(BaseModel)):  # type: ignore[misc]
+class _WithoutPlugins(ModelMetaclass):
     """Classes are built without looking for pydantic's plugins, for which it reads the metadata of every installed
     package: a quarter of the time that `llamax model list` takes. Other models of the process keep theirs."""
 

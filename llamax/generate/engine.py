@@ -270,8 +270,9 @@ class Engine:
             start = time.perf_counter()
             bound = functools.partial(f, execution=self.execution) if name != "draw" else f
             out = self._out(name, args)
-            options = {"compiler_options": OPTIONS.get(jax.default_backend())}
-            jitted = jax.jit(bound, donate_argnums=donate, **options, **({} if out is None else {"out_shardings": out}))
+            placed: dict[str, Any] = {} if out is None else {"out_shardings": out}
+            options = OPTIONS.get(jax.default_backend())
+            jitted = jax.jit(bound, donate_argnums=donate, compiler_options=options, **placed)
             self._programs[key] = jitted.lower(*args).compile()
             self._compile_seconds += time.perf_counter() - start
         return self._programs[key](*args)
