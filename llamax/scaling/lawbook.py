@@ -56,9 +56,9 @@ CHINCHILLA = LawSpec(
 )
 
 
-def chinchilla(p: Values) -> list[Any]:
-    """E, A, B, alpha, beta of a law that has them among others, in the order of `additive`."""
-    return [p[name] for name in CHINCHILLA.names]
+def chinchilla(p: Values) -> dict[str, Any]:
+    """E, A, B, alpha, beta of a law that has them among others."""
+    return {name: p[name] for name in CHINCHILLA.names}
 
 
 def _coupled_starts(data: Mapping[str, np.ndarray], target: np.ndarray) -> list[dict[str, float]]:
@@ -129,7 +129,7 @@ def _repeated(p: Values, x: Values) -> Any:
     log_un = jnp.minimum(log_n, log_best_n)
     n = useful(log_un, jnp.expm1(log_n - log_un), p["R_N"])
     d = useful(log_u, jnp.expm1(log_d - log_u), p["R_D"])
-    return additive(jnp, *chinchilla(p), jnp.exp(n), jnp.exp(d))
+    return additive(jnp, **chinchilla(p), n=jnp.exp(n), d=jnp.exp(d))
 
 
 def _repeated_starts(data: Mapping[str, np.ndarray], target: np.ndarray) -> list[dict[str, float]]:

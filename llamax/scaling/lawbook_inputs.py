@@ -102,7 +102,7 @@ def _precision(p: Values, x: Values) -> Any:
     log_n = jnp.log(x["n"])
     for part, scale in (("weights", "gamma_w"), ("activations", "gamma_a"), ("kv", "gamma_kv")):
         log_n = log_n + _kept(x[f"bits_{part}"], p[scale])
-    return additive(jnp, *chinchilla(p), jnp.exp(log_n), x["d"])
+    return additive(jnp, **chinchilla(p), n=jnp.exp(log_n), d=x["d"])
 
 
 PRECISION = LawSpec(
@@ -133,7 +133,7 @@ def _quantized(p: Values, x: Values) -> Any:
         - p["gamma_N"] * jnp.log(x["n"])
         - jnp.minimum(x["bits_post"], 1e6) / p["gamma_post"]
     )
-    return additive(jnp, *chinchilla(p), x["n"], x["d"]) + jnp.exp(log_rise)
+    return additive(jnp, **chinchilla(p), n=x["n"], d=x["d"]) + jnp.exp(log_rise)
 
 
 QUANTIZED = LawSpec(
