@@ -10,7 +10,7 @@ import typer
 
 from llamax.console import AtHand, Json, NewAtHand, Overrides, print_json, show
 from llamax.errors import UserError
-from llamax.sweeping import Packing, SweepSpec, planned, sweep_run
+from llamax.sweeping import Packing, SweepSpec, opened, planned, train_cells
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,9 +33,7 @@ def ablate_plan(
     """Every variant at every size: parameters and FLOPs before and after matching, and what could be detected."""
     from llamax.sweep.study import open_study
 
-    plan = planned(spec, overrides, corpus_tokens)
-    if plan.spec.ablate is None:
-        raise UserError(f"{spec}: a sweep without `ablate`; plan it with llamax sweep plan")
+    plan = _planned(spec, overrides, corpus_tokens)
     if out is not None:
         open_study(out, plan)
     power = _power(plan)
@@ -56,11 +54,10 @@ def ablate_run(
     as_json: Json = False,
 ) -> None:
     """Train every variant, size and seed; the same command continues, and several may race on one study."""
-    from llamax.storage.copies import at_hand
+    from llamax.sweep.packing import parse_pack
 
-    if not (at_hand(spec) / "plan.json").is_file():
-        _spec(spec, overrides)
-    sweep_run(spec, overrides, directory, workers, retry_failed, pack, as_json)
+    how = parse_pack(pack)
+    train_cells(opened(spec, overrides, directory, _planned), workers, retry_failed, how, as_json)
 
 
 @app.command("report")
@@ -96,13 +93,13 @@ def ablate_report(
         show(*report_tables(found), f"page: {where}")
 
 
-def _spec(name: str, overrides: Sequence[str] | None) -> Any:
-    from llamax.config.sweep import load_sweep
-
-    spec = load_sweep(name, overrides or [])
-    if spec.ablate is None:
-        raise UserError(f"{name}: a sweep without `ablate`; add ablate: {{norm: [...], mlp: [...], seeds: 3}}")
-    return spec
+def _planned(name: str, overrides: list[str] | None, corpus_tokens: int | None) -> Plan:
+    plan = planned(name, overrides, corpus_tokens)
+    if plan.spec.ablate is None:
+        raise UserError(
+            f"{name}: a sweep without `ablate`; add ablate: {{norm: [...], mlp: [...], seeds: 3}}, or use llamax sweep"
+        )
+    return plan
 
 
 # ---------------------------------------------------------------- tables
@@ -246,10 +243,6 @@ def _percent(share: float) -> str:
 
 
 def _table(title: str, columns: Sequence[str], texts: int) -> Table:
-    from rich import box
-    from rich.table import Table
+    from llamax.sweep.tables import plain_table
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < texts else "right", no_wrap=True, overflow="ellipsis")
-    return table
+    return plain_table(*columns, title=title, texts=texts, narrow=True)

@@ -61,7 +61,7 @@ def register_prediction(
     """
     from llamax.scaling import fit_frame, predict, recommend
     from llamax.scaling.laws import check_flops
-    from llamax.scaling.register import ledger_path, register
+    from llamax.scaling.records import ledger_path, register
 
     check_flops(flops)
     frame, names = runs_of(data, columns)
@@ -76,7 +76,7 @@ def register_prediction(
 def claim_of(claim: Prediction, fit: ScalingFit) -> dict[str, Any]:
     """What is recorded of a prediction: its numbers, the law with its parameters, and the data behind them."""
     from llamax import __version__
-    from llamax.scaling.register import data_digest
+    from llamax.scaling.records import data_digest
 
     return claim.as_dict() | {
         "params": fit.laws[claim.law].fit.as_dict()["params"],
@@ -87,7 +87,7 @@ def claim_of(claim: Prediction, fit: ScalingFit) -> dict[str, Any]:
 
 def refuse_if_known(data: Path, columns: str, flops: float) -> None:
     """Raises UserError when a run at `flops` is finished, or under way: what is seen is not predicted."""
-    from llamax.scaling.register import near
+    from llamax.scaling.records import near
 
     known = [f"{at:.4g}" for at in measured(data, columns)["flops"] if near(at, flops)]
     if known:
@@ -149,7 +149,7 @@ def score_all(data: Path, columns: str = "") -> list[dict[str, Any]]:
     Raises:
         UserError: no ledger there, or a broken chain.
     """
-    from llamax.scaling.register import ledger_path, read_predictions, scores
+    from llamax.scaling.records import ledger_path, read_predictions, scores
 
     records = read_predictions(ledger_path(data))
     if not records:

@@ -146,7 +146,7 @@ def _predict(directory: Path, spec: SweepConfig, plan: Plan, fit: Any) -> tuple[
     """The claim, registered in the study's prediction ledger before its run exists, and the cell that will test it."""
     from llamax.predicting import claim_of, refuse_if_known
     from llamax.scaling import predict, recommend
-    from llamax.scaling.register import ledger_path, read_predictions, register
+    from llamax.scaling.records import ledger_path, read_predictions, register
 
     path = ledger_path(directory)
     largest = max(cell.tags["budget"] for cell in plan.cells if not cell.extra)
@@ -191,7 +191,7 @@ def _prediction_cell(spec: SweepConfig, plan: Plan, flops: float, size: str) -> 
 
 def _score(directory: Path, cell: Cell, prediction: dict[str, Any]) -> dict[str, Any]:
     from llamax.predicting import measured
-    from llamax.scaling.register import scores
+    from llamax.scaling.records import scores
     from llamax.train.run_dir import read_result
 
     result = read_result(directory / cell.run_name)

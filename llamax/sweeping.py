@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ import typer
 from llamax.console import Json, NewAtHand, Overrides, StudyPath, emit, print_json, show
 
 if TYPE_CHECKING:
+    from llamax.sweep.packing import Pack
     from llamax.sweep.plan import Plan
 
 app = typer.Typer(no_args_is_help=True, help="Plan a sweep, run it with any number of workers, watch it.")
@@ -73,25 +75,38 @@ def sweep_run(
     as_json: Json = False,
 ) -> None:
     """Train the cells of a sweep; any number of these commands may race on one study."""
-    from llamax.config.sweep import load_sweep
-    from llamax.console import step_progress
-    from llamax.storage.copies import at_hand
-    from llamax.sweep.live import live
-    from llamax.sweep.local import run_local
     from llamax.sweep.packing import parse_pack
-    from llamax.sweep.plan import make_plan
-    from llamax.sweep.study import open_study
-    from llamax.sweep.tables import status_table
 
     how = parse_pack(pack)
+    train_cells(opened(sweep, overrides, directory), workers, retry_failed, how, as_json)
+
+
+def opened(
+    sweep: str,
+    overrides: list[str] | None,
+    directory: Path | None,
+    plan: Callable[[str, list[str] | None, int | None], Plan] | None = None,
+) -> Path:
+    """The study directory that `sweep` is, or the one where its `plan` is written: `directory`, or runs/<name>."""
+    from llamax.storage.copies import at_hand
+    from llamax.sweep.study import open_study
+
     path = at_hand(sweep)
     if not (path / "plan.json").is_file():
-        spec = load_sweep(sweep, overrides or [])
-        path = directory or Path("runs") / spec.name
-        with step_progress() as progress:
-            open_study(path, make_plan(spec, progress=progress))
+        made = (plan or planned)(sweep, overrides, None)
+        path = directory or Path("runs") / made.spec.name
+        open_study(path, made)
+    return path
+
+
+def train_cells(study: Path, workers: int, retry_failed: bool, pack: Pack, as_json: bool) -> None:
+    """Train what is left of a study and print what became of it; exit code 1 where a cell failed."""
+    from llamax.sweep.live import live
+    from llamax.sweep.local import run_local
+    from llamax.sweep.tables import status_table
+
     with live() as watch:
-        found = run_local(path, workers=workers, report=watch, retry_failed=retry_failed, pack=how)
+        found = run_local(study, workers=workers, report=watch, retry_failed=retry_failed, pack=pack)
     if as_json:
         print_json(found)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -73,7 +74,15 @@ def test_neighbours_in_a_row_do_not_import_each_other_in_a_circle() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["llamax", "llamax.config.load", "llamax.config.schema", "llamax.config.sweep", "llamax.accounting", "llamax.cli"],
+    [
+        "llamax",
+        "llamax.config.load",
+        "llamax.config.schema",
+        "llamax.config.sweep",
+        "llamax.accounting",
+        "llamax.cli",
+        "llamax.scaling",
+    ],
 )
 def test_imports_without_jax(module: str) -> None:
     """In a fresh interpreter: neither JAX nor anything else slow."""
@@ -82,3 +91,15 @@ def test_imports_without_jax(module: str) -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == []
+
+
+@pytest.mark.parametrize("name", ["llamax", "llamax.scaling"])
+def test_names_found_on_first_use_are_there(name: str) -> None:
+    package = importlib.import_module(name)
+    missing = [item for item in package.__all__ if not hasattr(package, item)]
+    assert missing == []
+    with pytest.raises(AttributeError, match=f"'{name}' has no attribute 'nothing'"):
+        _ = package.nothing
+    modules = {path.stem for path in Path(str(package.__file__)).parent.glob("*.py")}
+    # An imported module becomes an attribute of its package, and would hide the function.
+    assert modules & set(package.__all__) == set()

@@ -15,7 +15,7 @@ from llamax.columns import finished_runs
 from llamax.errors import UserError
 from llamax.predicting import register_prediction, score_all
 from llamax.scaling import fit_frame
-from llamax.scaling.register import data_digest, read_predictions
+from llamax.scaling.records import data_digest, read_predictions
 from tests.report.make_study import BUDGETS, law, make_study, optimum
 
 

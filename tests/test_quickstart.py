@@ -16,7 +16,7 @@ import pytest
 import llamax
 from llamax.config.sweep import load_sweep
 from llamax.quickstart import nearest_size
-from llamax.scaling.register import ledger_path, read_predictions
+from llamax.scaling.records import ledger_path, read_predictions
 from llamax.sweep.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[1]

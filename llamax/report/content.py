@@ -133,7 +133,7 @@ def _allocation(study: Study) -> Section:
                 decimals(fit.get(keys[0]), 4),
                 interval(bounds.get(keys[0]), 4),
                 decimals(fit.get(keys[1]), significant=4),
-                _pair(bounds.get(keys[1])),
+                interval(bounds.get(keys[1]), significant=4),
             )
         )
         for law in ("approach3", *(["coupled"] if study.coupled else [])):
@@ -166,7 +166,7 @@ def _fit(study: Study) -> Section:
         for row, key in zip(rows, symbols, strict=False):
             fixed = "1" if key == "gamma" and key not in fit["params"] else MISSING
             row += [decimals(fit["params"].get(key), significant=5) if key in fit["params"] else fixed]
-            row += [_pair(bounds.get(key))]
+            row += [interval(bounds.get(key), significant=4)]
     notes = [_fit_note(LAWS[name], fit) for name, fit in zip(names, fits, strict=True)]
     if len(names) > 1:
         notes.append("The law of the smaller Akaike criterion makes the prediction; intervals mix both by its weights.")
@@ -360,14 +360,6 @@ def _missing(key: str, title: str, what: str) -> Section:
 def _ratio(valley: Mapping[str, Any]) -> float:
     n = number(valley.get("vertex"))
     return number(valley.get("vertex_d")) / n if n > 0 else float("nan")
-
-
-def _pair(bounds: Any) -> str:
-    return (
-        f"[{decimals(bounds[0], significant=4)},\u00a0{decimals(bounds[1], significant=4)}]"
-        if isinstance(bounds, (list, tuple))
-        else MISSING
-    )
 
 
 def _short(key: str, value: Any) -> str:

@@ -15,7 +15,7 @@ from llamax.errors import UserError
 from llamax.report.ledger import curves, ledger
 from llamax.report.read import find_runs, number, read_object
 from llamax.scaling.laws import ChinchillaLaw, Cost, CoupledLaw, Law, optimal_allocation
-from llamax.scaling.register import ledger_path, read_predictions, scores
+from llamax.scaling.records import ledger_path, read_predictions, scores
 from llamax.storage.copies import at_hand
 from llamax.train.goodput import total
 from llamax.train.run_dir import TIME

@@ -62,11 +62,12 @@ def duration(value: Any) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
 
 
-def interval(pair: Any, places: int = 4) -> str:
-    """[low, high], or an en dash."""
+def interval(pair: Any, places: int = 4, *, significant: int | None = None) -> str:
+    """[low, high], each as `decimals` writes it, or an en dash."""
     if not isinstance(pair, (list, tuple)) or len(pair) != 2:
         return MISSING
-    return f"[{decimals(pair[0], places)},\u00a0{decimals(pair[1], places)}]"
+    low, high = (decimals(end, places, significant=significant) for end in pair)
+    return f"[{low},\u00a0{high}]"
 
 
 def plural(n: int, noun: str) -> str:

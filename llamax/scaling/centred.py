@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from llamax.scaling.engine import Objective, Task
+from llamax.scaling.laws import joined
 
 EXPONENT_RANGE = (0.01, 3.0)  # alpha and beta of the additive law; published fits lie in 0.05 .. 1
 # Of the coupled law: exponents of the whole terms, and gamma. The ends keep A and B within floating point.
@@ -29,16 +30,18 @@ TERM_FLOOR = 1e-4  # smallest part of the smallest loss that E, or a power term 
 NAMES = ("A", "B", "E", "alpha", "beta", "gamma")
 
 
-def predict_additive(u: Any, data: Any, weights: Any, target: Any) -> Any:
-    """Log loss of theta `[5]` at centred log sizes `x` and log tokens `y`; stable for any exponent."""
-    return jnp.logaddexp(jnp.logaddexp(u[0] - u[3] * data["x"], u[1] - u[4] * data["y"]), u[2])
+def log_loss(xp: Any, theta: Any, x: Any, y: Any) -> Any:
+    """Log loss of theta, five or six entries, at log sizes `x` and log tokens `y`; stable for any exponent."""
+    a, b, e, alpha, beta, *log_gamma = theta
+    size, tokens = a - alpha * x, b - beta * y
+    if not log_gamma:
+        return xp.logaddexp(joined(xp, size, tokens, 1.0), e)
+    gamma = xp.exp(log_gamma[0])
+    return xp.logaddexp(joined(xp, size / gamma, tokens / gamma, gamma), e)
 
 
-def predict_coupled(u: Any, data: Any, weights: Any, target: Any) -> Any:
-    """Log loss of theta `[6]`, as `predict_additive`."""
-    gamma = jnp.exp(u[5])
-    size, tokens = u[0] - u[3] * data["x"], u[1] - u[4] * data["y"]
-    return jnp.logaddexp(gamma * jnp.logaddexp(size / gamma, tokens / gamma), u[2])
+def _predict(u: Any, data: Any, weights: Any, target: Any) -> Any:
+    return log_loss(jnp, u, data["x"], data["y"])
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Centred:
             lower, upper = [*lower, np.log(GAMMA_RANGE[0])], [*upper, np.log(GAMMA_RANGE[1])]
         centre = (float(x.mean()), float(y.mean()))
         task = Task(
-            predict_coupled if coupled else predict_additive,
+            _predict,
             {"x": x - centre[0], "y": y - centre[1]},
             np.asarray(loss, float),
             NAMES[: 6 if coupled else 5],
@@ -126,10 +129,7 @@ class Centred:
 
     def _best(self, candidates: np.ndarray, count: int) -> np.ndarray:
         candidates = np.clip(candidates, self.task.lower, self.task.upper)
-        a, b, e, alpha, beta = candidates[:, :5, None].swapaxes(0, 1)
-        gamma = np.exp(candidates[:, 5:6]) if candidates.shape[1] == 6 else 1.0
-        size, tokens = a - alpha * self.task.data["x"], b - beta * self.task.data["y"]
-        fitted = np.logaddexp(gamma * np.logaddexp(size / gamma, tokens / gamma), e)
+        fitted = log_loss(np, candidates.T[..., None], self.task.data["x"], self.task.data["y"])
         misfit = np.abs(fitted - np.log(self.task.target)).sum(-1)
         return candidates[np.argsort(misfit, kind="stable")[:count]]
 
@@ -150,14 +150,13 @@ def huber_objective(
     theta: Float[np.ndarray, "parameters"],
     log_n: Float[np.ndarray, "runs"],
     log_d: Float[np.ndarray, "runs"],
-    log_loss: Float[np.ndarray, "runs"],
+    losses: Float[np.ndarray, "runs"],
     delta: float = 1e-3,
 ) -> tuple[float, Float[np.ndarray, "parameters"]]:
-    """Sum of Huber losses of the log residuals and its gradient at theta, of five or six parameters."""
-    predict = predict_coupled if len(theta) == 6 else predict_additive
+    """Sum of Huber losses of the log residuals and its gradient at theta, of five or six parameters; losses in logs."""
 
     def total(theta: Any) -> Any:
-        residual = predict(theta, {"x": log_n, "y": log_d}, None, None) - log_loss
+        residual = log_loss(jnp, theta, log_n, log_d) - losses
         size = jnp.abs(residual)
         return jnp.where(size <= delta, 0.5 * size**2, delta * (size - 0.5 * delta)).sum()
 

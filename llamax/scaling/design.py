@@ -23,6 +23,7 @@ from jaxtyping import Float
 from llamax.scaling.approach2 import Frontier, PowerLaw, fit_power_law
 from llamax.scaling.approach3 import fit_approach3, refit
 from llamax.scaling.bootstrap import frontier_draws
+from llamax.scaling.centred import log_loss
 from llamax.scaling.laws import ChinchillaLaw, Cost, Law, Scalar, optimal_allocation
 from llamax.scaling.parabolas import parabola
 
@@ -157,7 +158,7 @@ def _expect_parametric(truth: Law, runs: Runs, noise: float, target: float, cost
     theta = _theta(truth if isinstance(truth, ChinchillaLaw) else _nearest(truth, target / cost.coefficient), centre)
     if not isinstance(truth, ChinchillaLaw):
         theta = _settle(theta, x, y, clean, noise)
-    fitted, jacobian = log_loss(theta, x, y)
+    fitted, jacobian = with_slopes(theta, x, y)
     _, slope, variance = huber_moments(fitted - clean, noise)
     information = jacobian.T @ (slope[:, None] * jacobian)
     if not np.linalg.cond(information) < 1e15:
@@ -187,15 +188,14 @@ def huber_moments(
     return mean, inside, np.maximum(square - mean**2, 0.0)
 
 
-def log_loss(
+def with_slopes(
     theta: Float[np.ndarray, "5"], x: Float[np.ndarray, "runs"], y: Float[np.ndarray, "runs"]
 ) -> tuple[Float[np.ndarray, "runs"], Float[np.ndarray, "runs 5"]]:
-    """log(e^a-alpha x + e^b-beta y + e^e) of theta = (a, b, e, alpha, beta), and its Jacobian."""
+    """The log loss of theta = (a, b, e, alpha, beta), and its Jacobian."""
     a, b, e, alpha, beta = theta
-    terms = np.exp(np.stack([a - alpha * x, b - beta * y, np.full_like(x, e)], axis=1))
-    total = terms.sum(1)
-    share = terms / total[:, None]
-    return np.log(total), np.column_stack([share, -share[:, 0] * x, -share[:, 1] * y])
+    total = log_loss(np, theta, x, y)
+    share = np.exp(np.stack([a - alpha * x, b - beta * y, np.full_like(x, e)], axis=1) - total[:, None])
+    return total, np.column_stack([share, -share[:, 0] * x, -share[:, 1] * y])
 
 
 def _settle(theta: np.ndarray, x: np.ndarray, y: np.ndarray, clean: np.ndarray, noise: float) -> np.ndarray:
@@ -204,7 +204,7 @@ def _settle(theta: np.ndarray, x: np.ndarray, y: np.ndarray, clean: np.ndarray, 
     Reweighted Gauss-Newton steps with a little damping.
     """
     for _ in range(SETTLING):
-        fitted, jacobian = log_loss(theta, x, y)
+        fitted, jacobian = with_slopes(theta, x, y)
         mean, slope, _ = huber_moments(fitted - clean, noise)
         off = fitted - clean
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -233,7 +233,7 @@ def _at_optimum(
     by_alpha = 1 / alpha + centre[0] - log_n
     by_beta = -1 / beta - centre[1] + budget - s * log_n
     by_n = np.array([1.0, -1.0, 0.0, by_alpha, by_beta]) / total
-    value, jacobian = log_loss(theta, np.array([log_n - centre[0]]), np.array([log_d - centre[1]]))
+    value, jacobian = with_slopes(theta, np.array([log_n - centre[0]]), np.array([log_d - centre[1]]))
     return by_n, jacobian[0], float(log_n), float(value[0])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from llamax.scaling.laws import additive, coupled
 from llamax.scaling.lawspec import LawSpec, Parameter, Values
 
 EXPONENTS = (0.1, 0.2, 0.35, 0.5, 0.8)
@@ -28,15 +29,6 @@ def exponent(name: str, about: str, starts: tuple[float, ...] = EXPONENTS) -> Pa
     return Parameter(name, 0.01, 3.0, log=True, starts=starts, about=about)
 
 
-def power(coefficient: Any, base: Any, exponent: Any) -> Any:
-    """coefficient · base^-exponent, in logarithms: neither factor overflows alone."""
-    return jnp.exp(jnp.log(coefficient) - exponent * jnp.log(base))
-
-
-def _chinchilla(p: Values, x: Values) -> Any:
-    return p["E"] + power(p["A"], x["n"], p["alpha"]) + power(p["B"], x["d"], p["beta"])
-
-
 CHINCHILLA = LawSpec(
     name="chinchilla",
     formula="L = E + A / N^alpha + B / D^beta",
@@ -49,7 +41,7 @@ CHINCHILLA = LawSpec(
         exponent("alpha", "of N"),
         exponent("beta", "of D"),
     ),
-    loss=_chinchilla,
+    loss=lambda p, x: additive(jnp, **p, n=x["n"], d=x["d"]),
     linear=("E", "A", "B"),
     published={
         "Hoffmann et al. 2022": {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28},
@@ -64,9 +56,9 @@ CHINCHILLA = LawSpec(
 )
 
 
-def _coupled(p: Values, x: Values) -> Any:
-    terms = jnp.log(p["A"]) - p["alpha"] * jnp.log(x["n"]), jnp.log(p["B"]) - p["beta"] * jnp.log(x["d"])
-    return p["E"] + jnp.exp(p["gamma"] * jnp.logaddexp(*terms))
+def chinchilla(p: Values) -> dict[str, Any]:
+    """E, A, B, alpha, beta of a law that has them among others."""
+    return {name: p[name] for name in CHINCHILLA.names}
 
 
 def _coupled_starts(data: Mapping[str, np.ndarray], target: np.ndarray) -> list[dict[str, float]]:
@@ -94,7 +86,7 @@ COUPLED = LawSpec(
         Parameter("beta", 0.01, 10.0, log=True, starts=EXPONENTS, about="of D"),
         Parameter("gamma", 0.1, 3.0, log=True, starts=(0.5,), about="how the terms add: 1 = their sum, 0 = the larger"),
     ),
-    loss=_coupled,
+    loss=lambda p, x: coupled(jnp, **p, n=x["n"], d=x["d"]),
     linear=("E",),
     start=_coupled_starts,
 )
@@ -137,7 +129,7 @@ def _repeated(p: Values, x: Values) -> Any:
     log_un = jnp.minimum(log_n, log_best_n)
     n = useful(log_un, jnp.expm1(log_n - log_un), p["R_N"])
     d = useful(log_u, jnp.expm1(log_d - log_u), p["R_D"])
-    return p["E"] + jnp.exp(jnp.log(p["A"]) - p["alpha"] * n) + jnp.exp(jnp.log(p["B"]) - p["beta"] * d)
+    return additive(jnp, **chinchilla(p), n=jnp.exp(n), d=jnp.exp(d))
 
 
 def _repeated_starts(data: Mapping[str, np.ndarray], target: np.ndarray) -> list[dict[str, float]]:

@@ -6,7 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from llamax.scaling.lawbook import exponent, floor, power, size
+from llamax.scaling.lawbook import chinchilla, exponent, floor, size
+from llamax.scaling.laws import additive, power
 from llamax.scaling.lawspec import LawSpec, Parameter, Values
 
 LOG10 = 2.302585092994046
@@ -54,8 +55,8 @@ ROUTED = LawSpec(
 
 
 def _granularity(p: Values, x: Values) -> Any:
-    share = power(p["g"], x["granularity"], p["gamma"]) + p["a"]
-    return p["c"] + power(share, x["n"], p["alpha"]) + power(p["b"], x["d"], p["beta"])
+    share = power(jnp, p["g"], x["granularity"], p["gamma"]) + p["a"]
+    return p["c"] + power(jnp, share, x["n"], p["alpha"]) + power(jnp, p["b"], x["d"], p["beta"])
 
 
 GRANULARITY = LawSpec(
@@ -101,7 +102,7 @@ def _precision(p: Values, x: Values) -> Any:
     log_n = jnp.log(x["n"])
     for part, scale in (("weights", "gamma_w"), ("activations", "gamma_a"), ("kv", "gamma_kv")):
         log_n = log_n + _kept(x[f"bits_{part}"], p[scale])
-    return p["E"] + jnp.exp(jnp.log(p["A"]) - p["alpha"] * log_n) + power(p["B"], x["d"], p["beta"])
+    return additive(jnp, **chinchilla(p), n=jnp.exp(log_n), d=x["d"])
 
 
 PRECISION = LawSpec(
@@ -132,7 +133,7 @@ def _quantized(p: Values, x: Values) -> Any:
         - p["gamma_N"] * jnp.log(x["n"])
         - jnp.minimum(x["bits_post"], 1e6) / p["gamma_post"]
     )
-    return p["E"] + power(p["A"], x["n"], p["alpha"]) + power(p["B"], x["d"], p["beta"]) + jnp.exp(log_rise)
+    return additive(jnp, **chinchilla(p), n=x["n"], d=x["d"]) + jnp.exp(log_rise)
 
 
 QUANTIZED = LawSpec(

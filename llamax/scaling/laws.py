@@ -2,7 +2,8 @@
 
 Sources: Hoffmann et al. 2022, arXiv:2203.15556, section 3.3 and equation 4; Busbridge et al. 2025, arXiv:2502.08606.
 N parameters, D tokens, C FLOPs, loss in nats per token. The parameter-count and FLOP conventions are whatever the
-caller's columns used; nothing here converts.
+caller's columns used; nothing here converts. The formulas are written here alone, for numpy or, as `xp`, for
+jax.numpy: lawbook.py fits them under these names, centred.py in other coordinates.
 """
 
 from __future__ import annotations
@@ -20,6 +21,26 @@ Scalar = float | int
 Number = Scalar | np.ndarray  # one value, or one per bootstrap draw / run; shapes broadcast
 
 
+def power(xp: Any, coefficient: Any, base: Any, exponent: Any) -> Any:
+    """coefficient / base^exponent."""
+    return coefficient * xp.exp(-exponent * xp.log(base))
+
+
+def additive(xp: Any, E: Any, A: Any, B: Any, alpha: Any, beta: Any, n: Any, d: Any) -> Any:
+    """E + A / n^alpha + B / d^beta, of anything that broadcasts."""
+    return E + power(xp, A, n, alpha) + power(xp, B, d, beta)
+
+
+def coupled(xp: Any, E: Any, A: Any, B: Any, alpha: Any, beta: Any, gamma: Any, n: Any, d: Any) -> Any:
+    """E + (A / n^alpha + B / d^beta)^gamma; in logs, because a small gamma makes A and B huge."""
+    return E + xp.exp(joined(xp, xp.log(A) - alpha * xp.log(n), xp.log(B) - beta * xp.log(d), gamma))
+
+
+def joined(xp: Any, size: Any, tokens: Any, gamma: Any) -> Any:
+    """log of (e^size + e^tokens)^gamma: what scale removes, of the logs of its two terms."""
+    return gamma * xp.logaddexp(size, tokens)
+
+
 @dataclass(frozen=True)
 class ChinchillaLaw:
     """Parameters of L(N, D) = E + A / N^alpha + B / D^beta; E in nats per token. Fields may be arrays `[draws]`."""
@@ -33,7 +54,7 @@ class ChinchillaLaw:
 
     def loss(self, n: Number, d: Number) -> Number:
         """Loss in nats per token at `n` parameters and `d` tokens (numbers or arrays that broadcast)."""
-        return self.E + self.A * n ** -(1.0 * self.alpha) + self.B * d ** -(1.0 * self.beta)
+        return additive(np, **vars(self), n=n, d=d)
 
     def as_dict(self) -> dict[str, Any]:
         """The five parameters by name: plain floats (lists when the fields are arrays)."""
@@ -59,8 +80,7 @@ class CoupledLaw:
 
     def loss(self, n: Number, d: Number) -> Number:
         """Loss in nats per token at `n` parameters and `d` tokens (numbers or arrays that broadcast)."""
-        size, data = np.log(self.A) - self.alpha * np.log(n), np.log(self.B) - self.beta * np.log(d)
-        return self.E + np.exp(self.gamma * np.logaddexp(size, data))  # in logs: small gamma makes A and B huge
+        return coupled(np, **vars(self), n=n, d=d)
 
     def as_dict(self) -> dict[str, Any]:
         """The six parameters by name: plain floats (lists when the fields are arrays)."""

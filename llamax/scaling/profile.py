@@ -10,6 +10,7 @@ rows that are checkpoints of one run make it far too narrow, so use the cluster 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -83,15 +84,7 @@ def profile(
     if not (np.isfinite(scale) and 0 < scale < 1e250):
         raise UserError("profile likelihood: the runs lie on the law exactly; there is no scatter to compare with")
     low, high = float(task.lower[index]), float(task.upper[index])
-
-    def rise(at: np.ndarray) -> np.ndarray:
-        """The statistic at fixed values of the coordinate, every other one refitted."""
-        starts = np.tile(best, (len(at), 1))
-        lower, upper = (np.tile(ends, (len(at), 1)) for ends in (task.lower, task.upper))
-        starts[:, index] = lower[:, index] = upper[:, index] = at
-        value = task.minimise(starts, lower=lower, upper=upper)[1]
-        return scale * np.maximum(value - objective, 0.0)
-
+    rise = partial(rise_at, task, best, objective, index, scale)
     ats, values, ends = [np.array([best[index]])], [np.zeros(1)], []
     for bound in (low, high):
         end, at, value = _crossing(rise, float(best[index]), bound, quantile)
@@ -101,6 +94,22 @@ def profile(
     at, statistic = np.concatenate(ats), np.concatenate(values)
     order = np.argsort(at)
     return Profile(task.names[index], at[order], statistic[order], (ends[0], ends[1]))
+
+
+def rise_at(
+    task: Task,
+    best: Float[np.ndarray, "parameters"],
+    objective: float,
+    index: int,
+    scale: float,
+    at: Float[np.ndarray, "points"],
+) -> Float[np.ndarray, "points"]:
+    """The statistic at fixed values of the coordinate `index`, every other one refitted from `best`."""
+    starts = np.tile(best, (len(at), 1))
+    lower, upper = (np.tile(ends, (len(at), 1)) for ends in (task.lower, task.upper))
+    starts[:, index] = lower[:, index] = upper[:, index] = at
+    value = task.minimise(starts, lower=lower, upper=upper)[1]
+    return scale * np.maximum(value - objective, 0.0)
 
 
 def profile_parametric(fit: ParametricFit, runs: pd.DataFrame, name: str) -> Profile:

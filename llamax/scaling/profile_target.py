@@ -9,7 +9,7 @@ and fixing N* or L* while the rest is refitted is an ordinary profile (profile.p
 functions of N* alone, and their intervals are its ends carried over.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ import pandas as pd
 
 from llamax.errors import UserError
 from llamax.scaling.approach3 import ParametricFit
+from llamax.scaling.engine import Task
 from llamax.scaling.lawbook import exponent
 from llamax.scaling.lawfit import law_task
 from llamax.scaling.laws import ChinchillaLaw, Cost, Scalar, optimal_allocation
@@ -52,6 +53,17 @@ ABOUT = LawSpec(
 )
 
 
+@dataclass(frozen=True)
+class Optimum:
+    """A fit in the coordinates of ABOUT: its task, optimum and objective there, and what a rise of that is read by."""
+
+    task: Task
+    u: np.ndarray
+    objective: float
+    scale: float
+    quantile: float
+
+
 def profile_targets(
     fit: ParametricFit, runs: pd.DataFrame, flops: Scalar, cost: Cost, names: tuple[str, ...] = TARGETS
 ) -> dict[str, Profile]:
@@ -63,21 +75,12 @@ def profile_targets(
         raise UserError(f"profile: {wrong[0]!r}; choose from {', '.join(TARGETS)}")
     if not isinstance(fit.law, ChinchillaLaw):
         raise UserError("profile likelihood at a target: of the Chinchilla law alone; the coupled law has a prior")
-    best = optimal_allocation(fit.law, flops, cost)
-    constant = {"log_budget": np.log(flops / cost.coefficient), "n_exponent": cost.n_exponent}
-    data = {name: runs[name].to_numpy(float) for name in ("n", "d")}
-    data |= {name: np.full(len(runs), value) for name, value in constant.items()}
-    task, to_u = law_task(ABOUT, data, runs["loss"].to_numpy(float), fit.sums)
-    share = float(np.clip(fit.law.E / best.loss, *(1e-4, 1 - 1e-6)))
-    begin = to_u(np.array([[best.n, best.loss, share, fit.law.alpha, fit.law.beta]], float))
-    us, values = task.minimise(begin)
-    scale = chi_square_scale(task, task.describe(us[0])[0], len(ABOUT.names))
-    quantile = rise_quantile(len(runs), len(ABOUT.names))
+    peak = optimum(fit, runs, flops, cost)
     found: dict[str, Profile] = {}
     for index, wanted in ((0, ("n_opt", "d_opt", "tokens_per_param")), (1, ("loss",))):
         if not set(wanted) & set(names):
             continue
-        one = profile(task, us[0], float(values[0]), index, scale, quantile=quantile)
+        one = profile(peak.task, peak.u, peak.objective, index, peak.scale, quantile=peak.quantile)
         own = replace(one, at=np.exp(one.at), interval=_ends(one.interval, np.exp))
         made = {
             "n_opt": own,
@@ -87,6 +90,20 @@ def profile_targets(
         }
         found |= {name: made[name] for name in wanted if name in names}
     return found
+
+
+def optimum(fit: ParametricFit, runs: pd.DataFrame, flops: Scalar, cost: Cost = Cost()) -> Optimum:
+    """The fit written about its optimum at `flops`, and minimised in these coordinates."""
+    best = optimal_allocation(fit.law, flops, cost)
+    constant = {"log_budget": np.log(flops / cost.coefficient), "n_exponent": cost.n_exponent}
+    data = {name: runs[name].to_numpy(float) for name in ("n", "d")}
+    data |= {name: np.full(len(runs), value) for name, value in constant.items()}
+    task, to_u = law_task(ABOUT, data, runs["loss"].to_numpy(float), fit.sums)
+    share = float(np.clip(fit.law.E / best.loss, *(1e-4, 1 - 1e-6)))
+    begin = to_u(np.array([[best.n, best.loss, share, fit.law.alpha, fit.law.beta]], float))
+    us, values = task.minimise(begin)
+    scale = chi_square_scale(task, task.describe(us[0])[0], len(ABOUT.names))
+    return Optimum(task, us[0], float(values[0]), scale, rise_quantile(len(runs), len(ABOUT.names)))
 
 
 def _carried(own: Profile, name: str, function: Any) -> Profile:

@@ -126,10 +126,12 @@ def unit_words(table: pd.DataFrame) -> list[str]:
         words.append(
             f"flops / (n·d) runs from {low:.3g} to {high:.3g}, usually about 6: check the units (numbers, not billions)"
         )
-    if table["n"].max() < 1000 or table["d"].max() < 1000:
-        words.append("n or d never exceeds 1000: check the units (parameters and tokens, not millions or billions)")
-    elif (least := min(table["n"].min(), table["d"].min())) < SMALLEST:
-        words.append(f"n or d goes down to {least:.3g}: check the units (parameters and tokens, not millions)")
+    for name, unit in (("n", "parameters"), ("d", "tokens")):
+        least, most = float(table[name].min()), float(table[name].max())
+        if most < 1000:
+            words.append(f"{name} never exceeds {most:.3g}: check the units ({unit}, not millions or billions)")
+        elif least < SMALLEST:
+            words.append(f"{name} goes down to {least:.3g}: check the units ({unit}, not millions)")
     ratio = (table["d"] / table["n"]).to_numpy()
     if ratio.min() < TOKENS_PER_PARAM[0] or ratio.max() > TOKENS_PER_PARAM[1]:
         words.append(

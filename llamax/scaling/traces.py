@@ -13,7 +13,8 @@ import pandas as pd
 from jaxtyping import Float
 
 from llamax.errors import UserError
-from llamax.scaling.lawbook import exponent, floor, power, size
+from llamax.scaling.lawbook import exponent, floor, size
+from llamax.scaling.laws import power
 from llamax.scaling.lawspec import LawSpec, Parameter, Values
 from llamax.scaling.table import as_numbers
 
@@ -111,7 +112,7 @@ def _drops(lr: np.ndarray, warmup: int) -> np.ndarray:
 
 
 def _annealing(p: Values, x: Values) -> Any:
-    return p["L0"] + power(p["A"], x["s1"], p["alpha"]) - p["C"] * x["s2"]
+    return p["L0"] + power(jnp, p["A"], x["s1"], p["alpha"]) - p["C"] * x["s2"]
 
 
 ANNEALING = LawSpec(
@@ -133,7 +134,7 @@ ANNEALING = LawSpec(
 def _multipower(p: Values, x: Values) -> Any:
     reach = p["C"] * jnp.exp(-p["gamma"] * jnp.log(x["lr_then"])) * x["lr_since"]
     gain = -jnp.expm1(-p["beta"] * jnp.log1p(reach))
-    return p["L0"] + power(p["A"], x["s1"], p["alpha"]) - p["B"] * (x["lr_drop"] * gain).sum(-1)
+    return p["L0"] + power(jnp, p["A"], x["s1"], p["alpha"]) - p["B"] * (x["lr_drop"] * gain).sum(-1)
 
 
 MULTIPOWER = LawSpec(

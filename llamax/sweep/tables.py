@@ -136,15 +136,19 @@ def duration(seconds: float | None) -> str:
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
 
 
-def plain_table(*columns: str, title: str) -> Table:
-    """An empty table in the style of all of them: first column left, numbers right."""
+def plain_table(*columns: str, title: str, texts: int = 1, narrow: bool = False) -> Table:
+    """An empty table in the style of all of them: the first `texts` columns left, numbers right."""
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, int(not narrow)), pad_edge=False
+    )
     for i, column in enumerate(columns):
         text = column in ("state", "note")
-        table.add_column(column, justify="left" if i == 0 or text else "right", no_wrap=not text, overflow="ellipsis")
+        table.add_column(
+            column, justify="left" if i < texts or text else "right", no_wrap=not text, overflow="ellipsis"
+        )
     return table
 
 

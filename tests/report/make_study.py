@@ -154,7 +154,7 @@ def add_fits(path: Path, bootstrap: int = 100) -> tuple[dict[str, Any], dict[str
     """Fit the study, predict its held-out run, and store fits.json and the registered claim as quickstart does."""
     from llamax.report.ledger import ledger
     from llamax.scaling import fit_frame, predict, score
-    from llamax.scaling.register import ledger_path, register
+    from llamax.scaling.records import ledger_path, register
 
     frame = ledger(path)
     held = frame[frame["name"] == "prediction"].iloc[0]
@@ -170,7 +170,7 @@ def add_fits(path: Path, bootstrap: int = 100) -> tuple[dict[str, Any], dict[str
 
 def reclaim(path: Path, **changes: Any) -> None:
     """The study's one claim made anew with `changes`, as if it had been registered so."""
-    from llamax.scaling.register import ledger_path, read_predictions, register
+    from llamax.scaling.records import ledger_path, read_predictions, register
 
     (record,) = read_predictions(ledger_path(path))
     for file in path.glob("predictions.jsonl*"):

@@ -129,6 +129,26 @@ def test_plan_prints_within_100_columns(tmp_path: Path) -> None:
     assert len(found["cells"]) == 54
 
 
+def test_run_reads_its_spec_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import yaml
+
+    import llamax.config.sweep
+    import llamax.sweep.local
+
+    spec, read, ran = tmp_path / "a.yaml", list[str](), list[Path]()
+    spec.write_text(yaml.safe_dump(SPEC))
+    load = llamax.config.sweep.load_sweep
+    monkeypatch.setattr(llamax.config.sweep, "load_sweep", lambda name, more: [read.append(name), load(name, more)][1])
+    monkeypatch.setattr(llamax.sweep.local, "run_local", lambda path, **_: [ran.append(path), {"counts": {}}][1])
+    for _ in range(2):
+        done = call("ablate", "run", str(spec), "ablate.seeds=2", "--dir", str(tmp_path / "study"), "--json")
+        assert done.code == 0, done.err
+    assert read == [str(spec)] * 2
+    assert ran == [tmp_path / "study"] * 2
+    assert len(json.loads((tmp_path / "study" / "plan.json").read_text())["cells"]) == 54 - 18
+    assert call("ablate", "run", str(spec), "--pack", "some").code == 2
+
+
 def test_a_sweep_without_an_ablation_is_refused(tmp_path: Path) -> None:
     for verb in ("plan", "run"):
         done = call("ablate", verb, "quickstart")

@@ -12,10 +12,10 @@ from llamax.scaling.design import (
     Runs,
     expected_errors,
     huber_moments,
-    log_loss,
     moved,
     regret,
     simulate_errors,
+    with_slopes,
 )
 from llamax.scaling.parabolas import parabola
 from tests.scaling.synthetic import BENT, CHINCHILLA, TINY, isoflop
@@ -108,10 +108,10 @@ def test_moments_of_the_score_by_brute_force() -> None:
 def test_the_jacobian_is_that_of_finite_differences() -> None:
     rng = np.random.default_rng(1)
     theta, x, y = np.array([0.3, -0.2, 0.1, 0.4, 0.3]), rng.standard_normal(6), rng.standard_normal(6)
-    _, jacobian = log_loss(theta, x, y)
+    _, jacobian = with_slopes(theta, x, y)
     for k in range(5):
         step = 1e-6 * np.eye(5)[k]
-        numeric = (log_loss(theta + step, x, y)[0] - log_loss(theta - step, x, y)[0]) / 2e-6
+        numeric = (with_slopes(theta + step, x, y)[0] - with_slopes(theta - step, x, y)[0]) / 2e-6
         assert jacobian[:, k] == pytest.approx(numeric, abs=1e-8)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -221,10 +222,18 @@ def test_an_axis_and_the_ablation_do_not_set_one_field() -> None:
         plan({"norm": ["layernorm"]}, {"kind": "product", "fields": {"model.norm.kind": ["rmsnorm", "none"]}})
 
 
-def test_plans_without_jax() -> None:
-    code = "import sys, llamax.sweep.ablate; print([m for m in ('jax', 'pandas', 'scipy') if m in sys.modules])"
+def test_plans_without_jax(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(json.dumps({"name": "a", "base": BASE, "ablate": {"mlp": ["gelu"], "seeds": 2}}))
+    code = f"""
+import sys, llamax.cli, llamax.sweep.ablate
+print([m for m in ("jax", "pandas", "scipy") if m in sys.modules])
+llamax.cli.app(["ablate", "plan", {str(tmp_path / "a.yaml")!r}, "--json"], standalone_mode=False)
+print([m for m in ("jax", "flax", "optax", "pandas") if m in sys.modules])
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    first, *plan, last = done.stdout.strip().splitlines()
+    assert (first, last) == ("[]", "[]")
+    assert json.loads("".join(plan))["power"]["detectable"] > 0
 
 
 def test_levels_of_one_name_on_two_axes_are_told_apart() -> None:

@@ -12,7 +12,7 @@ from scipy import stats
 
 from llamax.errors import UserError
 from llamax.scaling import ablation
-from llamax.scaling.ablation import factor_weights
+from llamax.scaling.effects import factor_weights
 from tests.scaling.made_ablation import FLOPS, base_loss, made_runs
 
 

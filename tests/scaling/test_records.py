@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from llamax.errors import UserError
-from llamax.scaling.register import (
+from llamax.scaling.records import (
     data_digest,
     digest,
     ledger_path,
@@ -170,7 +170,7 @@ def test_a_process_that_dies_between_line_and_head_loses_nothing(ledger: Path) -
 def test_concurrent_appends_are_all_kept_in_one_chain(tmp_path: Path) -> None:
     path = tmp_path / "predictions.jsonl"
     code = (
-        "import sys; from llamax.scaling.register import register\n"
+        "import sys; from llamax.scaling.records import register\n"
         "for k in range(20): register(sys.argv[1], {'flops': float(k + 1), 'who': int(sys.argv[2])})"
     )
     many = [subprocess.Popen([sys.executable, "-c", code, str(path), str(who)], cwd=ROOT) for who in range(4)]

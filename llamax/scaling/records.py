@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from llamax.errors import UserError
 from llamax.scaling.laws import Scalar
-from llamax.scaling.predict import score
+from llamax.scaling.prediction import score
 from llamax.storage.copies import at_hand, publish
 from llamax.train.files import write_atomic, writing
 
