@@ -117,11 +117,7 @@ def train_row(name: str, shape: Shape, tiny: bool, batch: int | None = None, **o
     while True:
         config = config_of(shape, batch, **options)
         try:
-            return {
-                "what": name,
-                **_timed(config, tiny, options.get("settle", 0)),
-                **({"too_large": tried} if tried else {}),
-            }
+            return {"what": name, **_timed(config, tiny), **({"too_large": tried} if tried else {})}
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) or batch == 1:
                 return {"what": name, "batch": batch, "missing": _line(error)}
