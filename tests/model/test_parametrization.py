@@ -181,13 +181,14 @@ def batch() -> dict[str, jax.Array]:
     return {"tokens": jnp.asarray(tokens)}
 
 
-def updated(run: RunConfig, model: Transformer, steps: jax.Array) -> Transformer:
+def updated(run: RunConfig, model: Transformer, steps: jax.Array | int, data: Any = None) -> Transformer:
     """`model` after some updates on the one batch."""
+    data = batch() if data is None else data
     hyper = hyper_of(run, STEPS)
     moments = make_optimizer(run.optimizer, hyper, hyper["lr"]).init(model)
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(model, moments, zero, zero, jnp.float32(jnp.nan), hyper)
-    return jax.lax.fori_loop(0, steps, lambda _, s: train_step(s, batch(), run, EXECUTION)[0], state).model
+    return jax.lax.fori_loop(0, steps, lambda _, s: train_step(s, data, run, EXECUTION)[0], state).model
 
 
 def activations(model: Transformer) -> dict[str, jax.Array]:
