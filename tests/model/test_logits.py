@@ -97,6 +97,7 @@ def test_logits_inside_a_block_stay_the_same_size_in_width_under_mup() -> None:
     assert wrong_logits(found) == set(), found
 
 
+@pytest.mark.slow  # a quarter of a minute each
 @pytest.mark.parametrize("wrong", ["sqrt_head_dim", "router_std", "router_lr"])
 def test_wrong_logits_fail_the_same_check(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention over sqrt(head_dim); a router that starts, or learns, as a matrix of the base does."""
