@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -68,16 +67,17 @@ def call(*arguments: str) -> Done:
 # ---------------------------------------------------------------- speed and help
 @pytest.mark.parametrize("arguments", [["--help"], ["model", "list"]])
 def test_answers_at_once(arguments: list[str]) -> None:
-    """The budget is half a second on a quiet machine; processor time is what stays comparable on a busy one."""
+    """The budget is half a second on a quiet machine; processor time, best of five, is what stays comparable on a busy
+    one, where a neighbour on the same core only adds to it."""
     seconds = []
-    for _ in range(3):
+    for _ in range(5):
         before = os.times()
         subprocess.run(
             [sys.executable, "-m", "llamax.cli", *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
         )
         after = os.times()
         seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
-    assert statistics.median(seconds) < 0.5
+    assert min(seconds) < 0.5
 
 
 @pytest.mark.parametrize(
