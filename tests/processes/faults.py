@@ -15,6 +15,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +25,8 @@ from typing import Any
 
 from llamax.config.load import dump_yaml
 from llamax.train.checkpoints import find_checkpoints
-from tests.processes.harness import Job, start
+from llamax.train.rows import read_rows
+from tests.processes.harness import ROOT, Job, start
 from tests.processes.moments import fired
 from tests.processes.verdicts import of_run, of_session
 from tests.train.conftest import build
@@ -118,7 +120,9 @@ class Bench:
     def __init__(self, folder: Path, peer_seconds: float = PEER_SECONDS) -> None:
         self.folder, self.peer_seconds, self.sessions = folder, peer_seconds, 0
         os.environ.setdefault("LLAMAX_CACHE", str(folder / "cache"))
-        store = build(write_texts(folder / "texts"), folder / "store").path
+        store = folder / "store"
+        if not store.exists():
+            build(write_texts(folder / "texts"), store)
         self.config = folder / "c.yaml"
         self.config.write_text(dump_yaml(run_config(*RUN, store=store)))
 
@@ -198,7 +202,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first schedule; the next ones follow")
     parser.add_argument("--schedules", type=int, default=100)
     parser.add_argument("--only", type=int, help="run the schedule of this seed alone")
-    parser.add_argument("--folder", type=Path, help="keep everything here; default: a temporary folder")
+    parser.add_argument("--folder", type=Path, help="keep everything here, and go on from it; default: a temporary one")
     parser.add_argument("--end-seconds", type=float, default=30.0, help="in which a death must have ended the others")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no schedule after so long")
     parser.add_argument("--json", action="store_true", help="the outcomes as lines of JSON")
@@ -208,7 +212,9 @@ def main() -> int:
     folder = asked.folder or Path(tempfile.mkdtemp(prefix="llamax-faults-"))
     folder.mkdir(parents=True, exist_ok=True)
     bench, begun, outcomes = Bench(folder), time.monotonic(), []
-    for seed in seeds:
+    kept = folder / "outcomes.jsonl"
+    done = {one["seed"] for one in read_rows(kept) if not one["problems"]}
+    for seed in [seed for seed in seeds if seed not in done]:
         if time.monotonic() - begun > 60 * asked.minutes:
             break
         try:
@@ -217,14 +223,23 @@ def main() -> int:
             outcome = {"seed": seed, "shapes": [], "happened": [], "restarts": 0, "slowest_end": 0.0, "seconds": 0.0}
             outcome["problems"] = [str(hanging).partition("\n")[0] + f"; see {folder / f'schedule-{seed}'}"]
         outcomes.append(outcome)
+        with kept.open("a") as file:
+            file.write(json.dumps({**outcome, "commit": commit()}) + "\n")
         print(json.dumps(outcome) if asked.json else line(outcome), flush=True)
         if outcome["problems"]:
             print(json.dumps(draw(seed)), *outcome["problems"], sep="\n  ", file=sys.stderr, flush=True)
     failed = [outcome for outcome in outcomes if outcome["problems"]]
-    print(f"{len(outcomes)} schedules, {len(failed)} failed, {bench.sessions} sessions", file=sys.stderr)
+    before = f", {len(done & set(seeds))} right before" if done else ""
+    print(f"{len(outcomes)} schedules, {len(failed)} failed, {bench.sessions} sessions{before}", file=sys.stderr)
     if asked.folder is None and not failed:
         shutil.rmtree(folder)
     return int(bool(failed))
+
+
+def commit() -> str:
+    """Of this checkout, `+` where it has changes; empty where git does not know."""
+    words = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def line(outcome: Mapping[str, Any]) -> str:

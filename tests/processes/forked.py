@@ -6,6 +6,7 @@ Only from a process in which JAX has no backend yet: threads do not survive a fo
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 import jax
+from jax._src import cache_key
 
 PRELOAD = (  # what `llamax train` imports when it comes to it
     "llamax.cli",
@@ -42,6 +44,8 @@ class Forked:
         for name in PRELOAD:
             importlib.import_module(name)
         assert not jax._src.xla_bridge.backends_are_initialized(), "fork before JAX has a backend"
+        cache_key._hash_accelerator_config = cache_key._hash_devices
+        gc.freeze()  # nothing imported so far is looked at again
         self.returncode: int | None = None
         sys.stdout.flush()
         sys.stderr.flush()

@@ -130,6 +130,16 @@ def test_schedules_are_data_of_their_seed():
     assert all(schedule["sessions"][-1]["faults"] == [] for schedule in schedules)
 
 
+def test_what_was_right_before_is_not_run_again(tmp_path: Path):
+    rows = [{"seed": 7, "problems": []}, {"seed": 8, "problems": ["the run did not finish"]}]
+    (tmp_path / "outcomes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, outcomes, said = command(tmp_path, "--only", 7)
+    assert (code, outcomes) == (0, [])
+    assert "0 schedules, 0 failed, 0 sessions, 1 right before" in said
+    code, outcomes, said = command(tmp_path, "--seed", 7, "--schedules", 2, "--minutes", 0)
+    assert "1 right before" in said
+
+
 @pytest.mark.slow
 def test_one_of_two_is_killed_in_a_collective(tmp_path: Path):
     code, (outcome,), said = command(tmp_path, "--only", KILLED, "--end-seconds", 120)
