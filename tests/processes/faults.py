@@ -118,7 +118,8 @@ class Bench:
     """Where schedules run: a config, a store, and the undisturbed run of every mesh, made when first needed."""
 
     def __init__(self, folder: Path, peer_seconds: float = PEER_SECONDS) -> None:
-        self.folder, self.peer_seconds, self.sessions = folder, peer_seconds, 0
+        self.folder, self.sessions = folder, 0
+        self.limits = ("--peer-seconds", peer_seconds, "--start-seconds", START_SECONDS)
         os.environ.setdefault("LLAMAX_CACHE", str(folder / "cache"))
         store = folder / "store"
         if not store.exists():
@@ -139,10 +140,9 @@ class Bench:
         """A session of a run."""
         count, mesh = SHAPES[shape]
         self.sessions += 1
-        limits = ["--peer-seconds", self.peer_seconds, "--start-seconds", START_SECONDS]
         of = {i: [fault for fault in faults if fault["process"] == i] for i in range(count)}
         asked = {i: {"faults": mine, "log": str(logs / "fired.jsonl")} for i, mine in of.items() if mine}
-        words = ["train", self.config, *mesh, "--run-dir", run_dir, *limits]
+        words = ["train", self.config, *mesh, "--run-dir", run_dir, *self.limits]
         return start(logs, words, count, faults=asked, fork=True)
 
     def run(self, schedule: Schedule, end_seconds: float = 30.0) -> dict[str, Any]:
@@ -202,24 +202,27 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first schedule; the next ones follow")
     parser.add_argument("--schedules", type=int, default=100)
     parser.add_argument("--only", type=int, help="run the schedule of this seed alone")
+    parser.add_argument("--file", type=Path, help="run these schedules, one a line, as a failure prints them")
     parser.add_argument("--folder", type=Path, help="keep everything here, and go on from it; default: a temporary one")
     parser.add_argument("--end-seconds", type=float, default=30.0, help="in which a death must have ended the others")
+    parser.add_argument("--peer-seconds", type=float, default=PEER_SECONDS, help="of silence that count as a death")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no schedule after so long")
     parser.add_argument("--json", action="store_true", help="the outcomes as lines of JSON")
     asked = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of atexit, which leaves no process behind
-    seeds = [asked.only] if asked.only is not None else range(asked.seed, asked.seed + asked.schedules)
+    schedules = asked_for(asked)
     folder = asked.folder or Path(tempfile.mkdtemp(prefix="llamax-faults-"))
     folder.mkdir(parents=True, exist_ok=True)
-    bench, begun, outcomes = Bench(folder), time.monotonic(), []
+    bench, begun, outcomes = Bench(folder, asked.peer_seconds), time.monotonic(), []
     kept = folder / "outcomes.jsonl"
     done = {one["seed"] for one in read_rows(kept) if not one["problems"]}
-    for seed in [seed for seed in seeds if seed not in done]:
+    for schedule in [schedule for schedule in schedules if schedule["seed"] not in done]:
         if time.monotonic() - begun > 60 * asked.minutes:
             break
         try:
-            outcome = bench.run(draw(seed), asked.end_seconds)
+            outcome = bench.run(schedule, asked.end_seconds)
         except AssertionError as hanging:
+            seed = schedule["seed"]
             outcome = {"seed": seed, "shapes": [], "happened": [], "restarts": 0, "slowest_end": 0.0, "seconds": 0.0}
             outcome["problems"] = [str(hanging).partition("\n")[0] + f"; see {folder / f'schedule-{seed}'}"]
         outcomes.append(outcome)
@@ -227,13 +230,23 @@ def main() -> int:
             file.write(json.dumps({**outcome, "commit": commit()}) + "\n")
         print(json.dumps(outcome) if asked.json else line(outcome), flush=True)
         if outcome["problems"]:
-            print(json.dumps(draw(seed)), *outcome["problems"], sep="\n  ", file=sys.stderr, flush=True)
+            print(json.dumps(schedule), *outcome["problems"], sep="\n  ", file=sys.stderr, flush=True)
     failed = [outcome for outcome in outcomes if outcome["problems"]]
-    before = f", {len(done & set(seeds))} right before" if done else ""
-    print(f"{len(outcomes)} schedules, {len(failed)} failed, {bench.sessions} sessions{before}", file=sys.stderr)
+    before = sum(schedule["seed"] in done for schedule in schedules)
+    print(
+        f"{len(outcomes)} schedules, {len(failed)} failed, {bench.sessions} sessions, {before} right before",
+        file=sys.stderr,
+    )
     if asked.folder is None and not failed:
         shutil.rmtree(folder)
     return int(bool(failed))
+
+
+def asked_for(asked: argparse.Namespace) -> list[Schedule]:
+    """The schedules of a command line."""
+    if asked.file is not None:
+        return [json.loads(text) for text in asked.file.read_text().splitlines()]
+    return [draw(asked.only)] if asked.only is not None else [draw(asked.seed + i) for i in range(asked.schedules)]
 
 
 def commit() -> str:

@@ -44,7 +44,9 @@ class Forked:
         for name in PRELOAD:
             importlib.import_module(name)
         assert not jax._src.xla_bridge.backends_are_initialized(), "fork before JAX has a backend"
+        # The topology of a CPU device is another in each process: programs are the same, and one compiles for all.
         cache_key._hash_accelerator_config = cache_key._hash_devices
+        jax.config.update("jax_share_binary_between_hosts", True)
         gc.freeze()  # nothing imported so far is looked at again
         self.returncode: int | None = None
         sys.stdout.flush()
