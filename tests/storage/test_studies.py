@@ -25,6 +25,7 @@ from llamax.sweep.status import status
 from llamax.sweep.study import add_cells, open_study, read_study
 from llamax.sweep.worker import work
 from llamax.train.progress import Progress
+from tests.sweep import lease_faults
 from tests.sweep.studies import seeds_plan
 
 from .emulators import FakeGCS, Moto
@@ -185,6 +186,21 @@ def test_a_bucket_that_cannot_be_written_is_one_message(
         assert (code, json.loads(out)["counts"]["pending"]) == (0, 1), err
     finally:
         moto.read_only = False
+
+
+@pytest.mark.parametrize("emulator", ["s3"], indirect=True)
+def test_workers_of_a_study_in_a_bucket_under_faults(bucket: str, tmp_path: Path) -> None:
+    """One dies, one is silent for two terms, each on a machine of its own; a third has a wrong clock."""
+    workers = [
+        {"machine": "m0", "faults": [{"do": "clock", "nth": 1, "seconds": -1e6}]},
+        {"machine": "m1", "faults": [{"do": "kill", "nth": 2}]},
+        {"machine": "m2", "faults": [{"do": "stop", "nth": 2, "seconds": 2 * lease_faults.TERM}]},
+    ]
+    study = at_hand(f"{bucket}/faults", new=True)
+    log = tmp_path / "log"
+    assert lease_faults.run({"seed": 0, "cells": 3, "workers": workers}, study, log) == []
+    happened = {one["do"] for one in lease_faults.read(log)}
+    assert happened >= {"clock", "kill", "stop", "lost"}
 
 
 @pytest.mark.slow
