@@ -25,7 +25,6 @@ from typing import Any
 
 from llamax.config.load import dump_yaml
 from llamax.train.checkpoints import find_checkpoints
-from llamax.train.rows import read_rows
 from tests.processes.harness import ROOT, Job, start
 from tests.processes.moments import fired
 from tests.processes.verdicts import of_run, of_session
@@ -215,7 +214,8 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     bench, begun, outcomes = Bench(folder, asked.peer_seconds), time.monotonic(), []
     kept = folder / "outcomes.jsonl"
-    done = {one["seed"] for one in read_rows(kept) if not one["problems"]}
+    before = map(json.loads, kept.read_text().splitlines()) if kept.exists() else []
+    done = {outcome["seed"] for outcome in before if not outcome["problems"]}
     for schedule in [schedule for schedule in schedules if schedule["seed"] not in done]:
         if time.monotonic() - begun > 60 * asked.minutes:
             break
@@ -232,9 +232,9 @@ def main() -> int:
         if outcome["problems"]:
             print(json.dumps(schedule), *outcome["problems"], sep="\n  ", file=sys.stderr, flush=True)
     failed = [outcome for outcome in outcomes if outcome["problems"]]
-    before = sum(schedule["seed"] in done for schedule in schedules)
+    skipped = sum(schedule["seed"] in done for schedule in schedules)
     print(
-        f"{len(outcomes)} schedules, {len(failed)} failed, {bench.sessions} sessions, {before} right before",
+        f"{len(outcomes)} schedules, {len(failed)} failed, {bench.sessions} sessions, {skipped} right before",
         file=sys.stderr,
     )
     if asked.folder is None and not failed:
