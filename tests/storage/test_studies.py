@@ -188,6 +188,7 @@ def test_a_bucket_that_cannot_be_written_is_one_message(
         moto.read_only = False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("emulator", ["s3"], indirect=True)
 def test_workers_of_a_study_in_a_bucket_under_faults(bucket: str, tmp_path: Path) -> None:
     """One dies, one is silent for two terms, each on a machine of its own; a third has a wrong clock."""

@@ -41,7 +41,7 @@ FORK = multiprocessing.get_context("fork")
 TERM, POLL, STEP_SECONDS = 3.0, 0.1, 0.03
 LATE = 8.0  # seconds beyond the term that a busy machine may take to see that a lease is free
 ACTS = ("kill", "stop", "term", "clock")
-LIMIT = 120.0
+LIMIT = 600.0  # seconds after which workers count as hanging; they may share their processor with many
 
 Schedule = dict[str, Any]
 Event = Mapping[str, Any]
