@@ -181,7 +181,7 @@ def test_every_kind_of_fault_in_a_run_of_two(tmp_path: Path):
     """Two schedules by hand: between them every act, every moment and every damage of the random ones."""
     file = tmp_path / "schedules.jsonl"
     file.write_text("".join(json.dumps(schedule) + "\n" for schedule in EVERY_KIND))
-    words = ("--file", file, "--end-seconds", 60, "--peer-seconds", 5)
+    words = ("--file", file, "--end-seconds", 60)
     code, outcomes, said = command(tmp_path / "faults", *words)
     assert (code, [outcome["problems"] for outcome in outcomes]) == (0, [[], []]), said
     happened = [happening for outcome in outcomes for happening in outcome["happened"]]
