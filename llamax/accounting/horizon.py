@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from llamax.accounting.flops import training_flops_per_token
 from llamax.accounting.params import count_params
-from llamax.config.run import HORIZONS, RunConfig
+from llamax.config.horizons import HORIZONS
 from llamax.errors import UserError
+
+if TYPE_CHECKING:
+    from llamax.config.run import RunConfig
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,15 @@ backward pass keeps, by the rules in `MEMORY_RULES`; compilers fuse some of it a
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from llamax.accounting.params import Leaf, leaves
 from llamax.accounting.pipeline import turns
 from llamax.config.components import Attention, DenseMlp, LatentAttention, MoeMlp
 from llamax.config.model import Block, ModelConfig
-from llamax.config.run import RunConfig, TrainConfig
+
+if TYPE_CHECKING:  # the sections of a run take a tenth of the time in which `llamax model list` answers
+    from llamax.config.run import RunConfig, TrainConfig
 
 _F32 = 4
 # float8 operands are made where they are multiplied; auto is bfloat16 wherever memory is scarce.

@@ -15,6 +15,7 @@ from pydantic import (
 
 from llamax.config.base import Frozen
 from llamax.config.components import Fraction
+from llamax.config.horizons import HORIZONS
 from llamax.config.mesh import MeshConfig
 from llamax.config.model import ModelConfig
 
@@ -281,9 +282,6 @@ class TrainConfig(Frozen):
                 f"grad_accumulation={self.grad_accumulation}; change one"
             )
         return self
-
-
-HORIZONS = ("steps", "tokens", "tokens_per_param", "flops")
 
 
 class CheckpointConfig(Frozen):

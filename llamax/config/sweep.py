@@ -11,10 +11,11 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from llamax.config.ablate import Ablate
 from llamax.config.base import Frozen
 from llamax.config.files import find, read_yaml
+from llamax.config.horizons import HORIZONS
 from llamax.config.load import validate
 from llamax.config.lr_rules import Marin, Nanochat, SqrtBatch, StepLaw, StepLawBatch
 from llamax.config.merge import apply_override, parse_override
-from llamax.config.run import HORIZONS, RunConfig
+from llamax.config.run import RunConfig
 
 Values = Annotated[tuple[Any, ...], Field(min_length=1)]
 Sizes = Annotated[tuple[str, ...], Field(min_length=1)]
