@@ -63,7 +63,7 @@ def main() -> None:
     gc.set_threshold(100_000)  # imports and tracing make a million objects that live on: collecting was a tenth of both
     try:
         with sending_back():
-            code = app(standalone_mode=False)
+            code = _asked(sys.argv[1:])(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except UserError as error:
         print(as_addresses(f"error: {error}"), file=sys.stderr)
@@ -83,6 +83,20 @@ def main() -> None:
     except OSError as error:  # a path or a disk, outside what names its own field
         print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _asked(arguments: list[str]) -> typer.Typer:
+    """`app` with the one verb that is asked for: a verb's options cost time to build, and there are forty. Help, and a
+    verb that is not there, need all of them."""
+    verb = next(iter(arguments), "")
+    commands = [info for info in app.registered_commands if verb in (info.name, getattr(info.callback, "__name__", ""))]
+    groups = [info for info in app.registered_groups if info.name == verb]
+    if not commands and not groups:
+        return app
+    one = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+    one.callback()(lambda: None)  # without it an app of one command takes no verb
+    one.registered_commands, one.registered_groups = commands, groups
+    return one
 
 
 # ---------------------------------------------------------------- the main job

@@ -310,3 +310,14 @@ def test_a_diverged_run_is_reported(store: Path, tmp_path: Path) -> None:
     assert done.code == 1
     assert done.json["status"] == "diverged"
     assert "diverged" in done.err
+
+
+def test_only_the_verb_asked_for_is_built() -> None:
+    """Help and unknown verbs see all; a verb is found by its own name."""
+    from llamax import cli
+
+    whole = len(cli.app.registered_commands)
+    assert len(cli._asked(["train", "tiny"]).registered_commands) == 1
+    assert [group.name for group in cli._asked(["model", "list"]).registered_groups] == ["model"]
+    for arguments in ([], ["--help"], ["nope"]):
+        assert len(cli._asked(arguments).registered_commands) == whole

@@ -35,11 +35,15 @@ class _WithoutPlugins(ModelMetaclass):
 
 
 class Frozen(BaseModel, metaclass=_WithoutPlugins):
-    """Immutable config data. Unknown keys and wrong types are errors; equality and hash are by value."""
+    """Immutable config data. Unknown keys and wrong types are errors; equality and hash are by value.
+
+    Parts are built with what holds them, or when they are first read by themselves; what files hold is built at once.
+    """
 
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
+        defer_build=True,
         strict=True,
         allow_inf_nan=False,
         ignored_types=(functools.cached_property,),

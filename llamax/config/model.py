@@ -75,7 +75,7 @@ class Head(Frozen):
     softcap: PositiveFloat | None = None
 
 
-class ModelConfig(Frozen):
+class ModelConfig(Frozen, defer_build=False):
     """A decoder-only transformer.
 
     `attention` ... `residual` describe the model's block; `segments` says how many and where one differs.

@@ -324,7 +324,7 @@ class Branch(Frozen):
     step: PositiveInt
 
 
-class RunConfig(Frozen):
+class RunConfig(Frozen, defer_build=False):
     """One training run. Its identity is the sections that set its numbers (`branch` where it is one); mesh, checkpoint
     and log may change on resume."""
 

@@ -246,7 +246,7 @@ class Rules(Frozen):
 
 
 # ---------------------------------------------------------------- the sweep
-class SweepConfig(Frozen):
+class SweepConfig(Frozen, defer_build=False):
     """A sweep as data. Its cells are the product of the `axes`, first axis slowest; no axes is one cell.
 
     `base` is a shipped train config, a YAML path or an inline mapping; `overrides` (a.b.c=value) apply to every cell.

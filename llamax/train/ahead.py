@@ -163,10 +163,12 @@ def _devices(request: Request) -> list[Any]:
 def _settled(config: Any, request: Request, mesh: dict[str, int]) -> Any:
     """`config` with what a run would ask its devices for already decided."""
     from llamax.train.remat import fitting
+    from llamax.train.step import straight_layers
 
     train: dict[str, Any] = {}
     if config.train.unroll_layers is None:  # simulated devices would be taken for CPUs, where short stacks unroll
-        train["unroll_layers"] = False
+        most = straight_layers("gpu", request.devices) if request.platform == "cuda" else 0
+        train["unroll_layers"] = len(config.model.layers) <= most
     if config.train.remat == "auto" and request.memory is not None:
         train["remat"], _ = fitting(config, int(request.memory), request.platform != "cpu", mesh)
     return config.model_copy(update={"train": config.train.model_copy(update=train)})

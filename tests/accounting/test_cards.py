@@ -54,8 +54,7 @@ def test_show_by_name_and_hub_id(name: str) -> None:
 
 
 def test_listing_takes_less_than_half_a_second() -> None:
-    """Processor seconds of a fresh interpreter, one of a dozen: wall time would measure the machine's other work, and
-    neighbours on a core only add to these."""
+    """Processor seconds of a fresh interpreter, best of five: wall time would measure the machine's other work."""
 
     def seconds() -> float:
         before = os.times()
@@ -64,7 +63,7 @@ def test_listing_takes_less_than_half_a_second() -> None:
         after = os.times()
         return after.children_user + after.children_system - before.children_user - before.children_system
 
-    assert any(seconds() < 0.5 for _ in range(12))
+    assert min(seconds() for _ in range(5)) < 0.5
 
 
 def test_show_a_ladder_size() -> None:

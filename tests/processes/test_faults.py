@@ -30,6 +30,7 @@ def command(folder: Path, *words: object) -> tuple[int, list[dict[str, Any]], st
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()], done.stderr
 
 
+KILLED = 200  # the seed of a schedule in which the second of two dies in a collective of step 6
 ACTS = ("kill", "term", "stop", "drop", "mute", "full", "raise", "sleep", "clock")
 
 
@@ -187,3 +188,19 @@ def test_every_kind_of_fault_in_a_run_of_two(tmp_path: Path):
     happened = [happening for outcome in outcomes for happening in outcome["happened"]]
     assert {text for one in happened for text in one.split("@")} == {*ACTS, *MOMENTS, *DAMAGES}
     assert max(outcome["slowest_end"] for outcome in outcomes) > 0
+
+
+@pytest.mark.slow
+def test_one_of_two_is_killed_in_a_collective(tmp_path: Path):
+    code, (outcome,), said = command(tmp_path, "--only", KILLED, "--end-seconds", 120)
+    assert (code, outcome["problems"]) == (0, []), said
+    assert outcome["happened"] == ["kill@dispatch"]
+    assert outcome["restarts"] == 1
+    assert outcome["slowest_end"] > 0
+    assert [path.name for path in (tmp_path / "undisturbed").iterdir() if (path / "lock").exists()] == ["2-data"]
+
+
+@pytest.mark.slow
+def test_six_schedules(tmp_path: Path):
+    code, outcomes, said = command(tmp_path, "--seed", 1000, "--schedules", 6, "--end-seconds", 120)
+    assert (code, len(outcomes)) == (0, 6), said

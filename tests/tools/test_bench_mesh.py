@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -20,8 +21,22 @@ def test_every_model_has_layouts_of_all_kinds_that_fit_it() -> None:
         assert bench_mesh.config_of(name, ranked[0].sizes).mesh.sizes == ranked[0].sizes
 
 
+def test_the_fit_gives_back_the_rates_that_made_the_seconds() -> None:
+    rates = dataclasses.replace(bench_mesh.SIMULATED, peak=3e9, memory=2e9, link=4e8, network=4e8, latency=2e-4)
+    found = []
+    for name in bench_mesh.MODELS:
+        config = bench_mesh.config_of(name)
+        for one in bench_mesh.layouts(config, 8, rates, None):
+            found.append((config, one.sizes, bench_mesh.estimate(config, one.sizes, rates).seconds))
+    fitted = bench_mesh.fit(found)
+    for field in ("peak", "memory", "link", "network", "latency"):
+        assert getattr(fitted, field) == pytest.approx(getattr(rates, field), rel=1e-6), field
+
+
 @pytest.mark.slow
 def test_the_pick_is_near_the_best(capsys: pytest.CaptureFixture[str]) -> None:
     """Looser than the 1.3 of the benchmark, which runs on a quiet machine and with LLVM's optimizer."""
-    assert bench_mesh.compare("long", repeats=3) < 1.6
+    ratio, found = bench_mesh.compare("long", repeats=3)
+    assert ratio < 1.6
+    assert len(found) >= 10
     assert "pick" in capsys.readouterr().out
