@@ -183,9 +183,10 @@ class SelfAttention(nnx.Module):
     ) -> tuple[Float[Array, "batch seq d_model"], KeyValues]:
         """(attention output for tokens that follow those in the cache, the stacked cache with them written)."""
         q, k, v = self._project(x, table, step.positions, execution)
-        written, seen, positions = extend(cache, KeyValues(k, v), step)
+        written, seen, positions = extend(cache, KeyValues(k.swapaxes(1, 2), v.swapaxes(1, 2)), step)
+        key, value = seen.key.swapaxes(1, 2), seen.value.swapaxes(1, 2)
         sight = Sight(step.positions, positions)
-        return self._out(attend(q, seen.key, seen.value, sight, self.logits, execution.plain), execution), written
+        return self._out(attend(q, key, value, sight, self.logits, execution.plain), execution), written
 
     def _project(
         self, x: Array, table: Array | None, positions: Array, execution: Execution

@@ -27,10 +27,10 @@ EMPTY = 2**30  # the position of a slot that holds nothing: after every query's,
 
 
 class KeyValues(NamedTuple):
-    """Keys, rotated, and values of grouped-query attention."""
+    """Keys, rotated, and values of grouped-query attention: each head's slots side by side, as its products read them."""
 
-    key: Float[Array, "*layers batch slots kv_heads head_dim"]
-    value: Float[Array, "*layers batch slots kv_heads head_dim"]
+    key: Float[Array, "*layers batch kv_heads slots head_dim"]
+    value: Float[Array, "*layers batch kv_heads slots head_dim"]
 
 
 class Latents(NamedTuple):
@@ -110,7 +110,7 @@ def _shapes(attention: Attention, lead: tuple[int, int], capacity: int) -> Layer
         index = None if attention.indexer is None else (*lead, capacity, attention.indexer.head_dim)
         return Latents((*lead, capacity, attention.kv_rank + attention.rope_dim), index)  # type: ignore[arg-type]
     slots = min(capacity, attention.window or attention.chunk or capacity)
-    shape = (*lead, slots, attention.kv_heads, attention.head_dim)
+    shape = (*lead, attention.kv_heads, slots, attention.head_dim)
     return KeyValues(shape, shape)  # type: ignore[arg-type]
 
 
@@ -119,7 +119,7 @@ def map_cache(cache: Cache, function: Callable[[tuple[str, ...], Array], Any]) -
 
     The axes are those of the mesh rules; a stacked array has one more leading dimension, as parameters do.
     """
-    heads, flat = ("batch", "position", "kv_heads", "head_dim"), ("batch", "position", "latent")
+    heads, flat = ("batch", "kv_heads", "position", "head_dim"), ("batch", "position", "latent")
     rotary = tuple(function(("pair", "position", "head_dim"), table) for table in cache.tables.rotary)
     added = None if cache.tables.added is None else function(("position", "embed"), cache.tables.added)
     layers = tuple(
@@ -133,27 +133,34 @@ def map_cache(cache: Cache, function: Callable[[tuple[str, ...], Array], Any]) -
 
 
 def extend(slot: Slot, new: Kind, step: Step) -> tuple[Any, Kind, Int[Array, "batch keys"]]:
-    """Adds the tokens of one call: (the stacked arrays, keys for this call's queries, the keys' positions)."""
-    slots = slot.arrays[0].shape[2]
+    """Adds the tokens of one call, `new` without the layers axis: (the stacked arrays, what this call's queries see in
+    the same form, the positions of what they see)."""
+    slots = slot.arrays[0].shape[-2]
     new = jax.tree.map(lambda a, stack: a.astype(stack.dtype), new, slot.arrays)
     written = jax.tree.map(lambda stack, a: _write(stack, slot.layer, a, step), slot.arrays, new)
     if step.positions.shape[1] == 1 or slots == step.capacity:
         # What a single token overwrites is out of its own sight, and a slot for every position overwrites nothing.
         seen = jax.tree.map(lambda stack: stack[slot.layer], written)
         return written, seen, slot_positions(slots, step.before + step.counts)
-    seen = jax.tree.map(lambda stack, a: jnp.concatenate([stack[slot.layer], a], axis=1), slot.arrays, new)
+    seen = jax.tree.map(lambda stack, a: jnp.concatenate([stack[slot.layer], a], axis=-2), slot.arrays, new)
     real = jnp.arange(step.positions.shape[1]) < step.counts[:, None]
     fresh = jnp.where(real, step.positions, EMPTY)
     return written, seen, jnp.concatenate([slot_positions(slots, step.before), fresh], axis=1)
 
 
-def _write(stack: Array, layer: Array, new: Array, step: Step) -> Array:
-    slots, columns = stack.shape[2], jnp.arange(new.shape[1])
+def _write(
+    stack: Float[Array, "layers batch *heads slots width"],
+    layer: Int[Array, ""],
+    new: Float[Array, "batch *heads columns width"],
+    step: Step,
+) -> Float[Array, "layers batch *heads slots width"]:
+    slots, columns = stack.shape[-2], jnp.arange(new.shape[-2])
     # Of more tokens than slots only the last ones are kept; the others are sent out of the array and dropped.
     kept = (columns < step.counts[:, None]) & (columns >= step.counts[:, None] - slots)
     place = jnp.where(kept, step.positions % slots, slots)
     rows = jnp.arange(new.shape[0])[:, None]
-    return stack.at[layer, rows, place].set(new, mode="drop")
+    # Rows and places are indexed together, so their axes come first.
+    return stack.at[layer, rows, ..., place, :].set(jnp.moveaxis(new, -2, 1), mode="drop")
 
 
 def slot_positions(slots: int, lengths: Int[Array, " batch"]) -> Int[Array, "batch slots"]:

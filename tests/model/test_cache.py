@@ -85,7 +85,7 @@ def test_decoding_equals_the_whole_sequence(name: str) -> None:
     assert cache.lengths.tolist() == [LENGTH] * ROWS
     np.testing.assert_allclose(found, full, atol=2e-5)
     attention = model.config.blocks[0][1][0].attention
-    slots = jax.tree.leaves(cache.layers[0][0])[0].shape[2]
+    slots = jax.tree.leaves(cache.layers[0][0])[0].shape[-2]
     assert slots == {"window": 4, "chunk": 5, "local_global": 3}.get(name, LENGTH)
     assert isinstance(cache.layers[0][0], Latents if attention.kind == "mla" else KeyValues)
 
@@ -178,6 +178,6 @@ def test_sharded_decoding_equals_one_device(name: str) -> None:
     found, cache = jax.jit(run, out_shardings=(None, places))(spread, tokens, cache)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     first = jax.tree.leaves(cache.layers)[0]
-    per_row = (first.shape[1] // 4, first.shape[3] // 2 if name == "window" else first.shape[3])
+    per_row = (first.shape[1] // 4, first.shape[2] // 2 if name == "window" else first.shape[2])
     shard = first.sharding.shard_shape(first.shape)
-    assert (shard[1], shard[3]) == per_row
+    assert (shard[1], shard[2]) == per_row
