@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from llamax.config.rotary import RopeLongrope
 from llamax.errors import UserError
 from llamax.generate.sampling import Rows, Sampling, rows_of, sample
-from llamax.generate.serving import for_serving
+from llamax.generate.serving import for_serving, turned
 from llamax.mesh.rules import Rules, batch_ways, load_rules, shardings, spec_of
 from llamax.model.cache import Cache, init_cache, map_cache
 from llamax.model.execution import Execution
@@ -78,6 +78,9 @@ class Engine:
         model = for_serving(model, execution)
         self.config, self.execution = model.config, execution
         self.model = model if mesh is None else jax.device_put(model, shardings(model, model, self.rules, mesh))
+        self._turned = self.mesh is None and jax.default_backend() == "gpu"
+        if self._turned:
+            self.model = jax.jit(turned)(self.model)
         self._programs: dict[Any, Any] = {}
         self._compile_seconds = 0.0
 
@@ -268,7 +271,7 @@ class Engine:
         key = (name, *shape)
         if key not in self._programs:
             start = time.perf_counter()
-            bound = functools.partial(f, execution=self.execution) if name != "draw" else f
+            bound = functools.partial(f, execution=self.execution, back=self._turned) if name != "draw" else f
             out = self._out(name, args)
             placed: dict[str, Any] = {} if out is None else {"out_shardings": out}
             options = OPTIONS.get(jax.default_backend())
@@ -329,8 +332,10 @@ def _read(
     counts: Int[Array, " batch"],
     logits: Float[Array, "batch vocab"],
     execution: Execution,
+    back: bool,
 ) -> tuple[Float[Array, "batch vocab"], Cache]:
     """(logits of each row's last token so far, the cache with these tokens)."""
+    model = turned(model, back=True) if back else model
     new, cache = model.decode(tokens, cache, counts, execution, last=True)
     return jnp.where(counts[:, None] > 0, new[:, 0], logits), cache
 
@@ -352,6 +357,7 @@ def _decode(
     halted: Bool[Array, " batch"],
     count: Int[Array, ""],
     execution: Execution,
+    back: bool,
 ) -> tuple[State, Cache, Int[Array, "batch steps"]]:
     """`count` steps: (state, cache, the tokens drawn [batch, MOST_STEPS], NOTHING beyond)."""
     state = state._replace(done=state.done | halted)
@@ -360,7 +366,8 @@ def _decode(
         state, cache, out = carry
         # A row that is done reads nothing, so its cache stays as it is.
         reads = (~state.done).astype(jnp.int32)
-        logits, cache = model.decode(jnp.maximum(state.token, 0)[:, None], cache, reads, execution)
+        upright = turned(model, back=True) if back else model
+        logits, cache = upright.decode(jnp.maximum(state.token, 0)[:, None], cache, reads, execution)
         state = _draw(logits[:, 0], state, request)
         return state, cache, out.at[:, i].set(state.token)
 

@@ -46,6 +46,25 @@ def for_serving(model: Transformer, execution: Execution = Execution()) -> Trans
     return jax.tree_util.tree_map_with_path(fill, template, is_leaf=_is_variable)
 
 
+def turned(model: Transformer, back: bool = False) -> Transformer:
+    """The model's matrices with their inputs last, as sums over the inputs of a single row read them (`linear`); or,
+    with `back`, such a model as the model reads it: views, where a program does it first. Experts stay as they are."""
+
+    def turn(variable: Any) -> Any:
+        if not _is_variable(variable) or variable.get_metadata().get("group") not in CAST:
+            return variable
+        inputs, axes = variable.get_metadata()["inputs"], variable.get_metadata()["axes"]
+        array = variable.get_value()
+        lead = array.ndim - len(axes)  # of stacked layers
+        if not inputs or "experts" in axes:
+            return variable
+        first, last = list(range(lead, lead + inputs)), list(range(array.ndim - inputs, array.ndim))
+        array = jnp.moveaxis(array, last, first) if back else jnp.moveaxis(array, first, last)
+        return jax.tree.map(lambda _: array, variable)
+
+    return jax.tree.map(turn, model, is_leaf=_is_variable)
+
+
 def _written_out(config: ModelConfig) -> ModelConfig:
     """The same layers, each segment repeated once: arrays by themselves, the scan a straight line."""
     data = config.as_dict()

@@ -261,6 +261,18 @@ def _grouped_backward(experts: Experts, weigh: Weigh, saved: Any, g: Array) -> t
 grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
+# ---------------------------------------------------------------- experts at hand, whatever their loads
+def sorted_rows(
+    experts: Callable[[Array, Any, Int[Array, " experts"]], Array], weigh: Weigh, operands: Operands, layout: Layout
+) -> Float[Array, "rows width"]:
+    """The same as `grouped` of experts that take rows [picks, width] sorted by expert, and how many each has."""
+    rows, weights, matrices = operands
+    every = jnp.ones(layout.order.size, bool)
+    moves = Round(layout.order, every, layout.starts[layout.experts] + layout.rank, every, None)
+    out = experts(sent(weigh, rows, weights, moves), matrices, layout.sizes)
+    return joined(weigh, out, weights, moves, rows.shape[0])
+
+
 # ---------------------------------------------------------------- experts elsewhere
 OneRound = Callable[[Any, Round], Array]  # (operands, moves) -> its part of the sum
 

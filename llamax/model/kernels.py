@@ -19,9 +19,11 @@ class Host(NamedTuple):
 # cudnn: flash attention through jax.nn, which partitions itself over batch and heads; bfloat16 from Ampere on.
 # Over cut sequences attention has its own blocks (context.py), and what cuDNN is given for stages side by side, under
 # jax.vmap, does not partition over them.
+# ragged: products of rows sorted by expert (ragged.py); written for Hopper's instructions, and not partitioned.
 # splash: TPU flash attention (Pallas); a Pallas call does not partition itself, so flash.py does it by hand.
 RULES: dict[str, Callable[[Host], bool]] = {
     "cudnn": lambda host: host.platform == "cuda" and host.capability >= 8.0 and not host.cut,
+    "ragged": lambda host: host.platform == "cuda" and 9.0 <= host.capability < 10.0 and host.devices == 1,
     "splash": lambda host: host.platform == "tpu" and not host.cut,
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from llamax.config.components import Init, MoeMlp
-from llamax.model.dispatch import Round, batched, grouped, in_rounds, joined, layout_of, sent
+from llamax.model import ragged
+from llamax.model.dispatch import Round, batched, grouped, in_rounds, joined, layout_of, sent, sorted_rows
 from llamax.model.exchange import Matrices, TokenAxes, exchange, on_own_tokens
 from llamax.model.execution import Execution
 from llamax.model.linear import DOT, contract, parameter, weight
@@ -70,7 +72,8 @@ class MixtureOfExperts(nnx.Module):
         names = ("up", "down", "gate") if self.config.expert.gated else ("up", "down")
         matrices = {name: getattr(self, name)[...] for name in names}
         bias = self.router_bias[...].astype(jnp.float32) if self.config.router.bias else None
-        routed = functools.partial(_routed, self.config, execution.plain, execution.tokens)
+        kernel = ragged.KERNEL in execution.kernels
+        routed = functools.partial(_routed, self.config, execution.plain, execution.tokens, kernel)
         if execution.tokens is None:
             tokens, logits = (a.reshape(-1, a.shape[-1]) for a in (x, logits))
             out, choice = routed(tokens, logits, bias, matrices)
@@ -83,24 +86,31 @@ def _routed(
     config: MoeMlp,
     compute: str,
     axes: TokenAxes | None,
+    kernel: bool,
     tokens: Float[Array, "tokens d_model"],
     logits: Float[Array, "tokens experts"],
     bias: Float[Array, " experts"] | None,
     matrices: Matrices,
 ) -> tuple[Float[Array, "tokens d_model"], Choice]:
     choice = route(logits, config.router, config.top_k, bias)
-    experts = _here if axes is None or not axes.experts else functools.partial(_there, axes)
+    here = functools.partial(_here, kernel)
+    experts = here if axes is None or not axes.experts else functools.partial(_there, axes)
     return experts(config, compute, tokens, choice.weights, choice.experts, matrices), choice
 
 
 Operands = tuple[Float[Array, "tokens d_model"], Float[Array, "tokens top_k"], Matrices]
 
 
-def _here(config: MoeMlp, compute: str, tokens: Array, weights: Array, chosen: Array, matrices: Matrices) -> Array:
-    """All experts on this device."""
-    layout = layout_of(chosen, config.experts)
-    through = functools.partial(_through, config, compute)
-    return grouped(through, config.router.weigh, (tokens, weights, matrices), layout).astype(tokens.dtype)
+def _here(
+    kernel: bool, config: MoeMlp, compute: str, tokens: Array, weights: Array, chosen: Array, matrices: Matrices
+) -> Array:
+    """All experts on this device, by the kernel for sorted rows where there is one that covers them."""
+    layout, operands = layout_of(chosen, config.experts), (tokens, weights, matrices)
+    if kernel and ragged.covers(chosen.size, config.experts, matrices["up"].shape[1:], compute):
+        out = sorted_rows(functools.partial(_sorted, config, compute), config.router.weigh, operands, layout)
+    else:
+        out = grouped(functools.partial(_through, config, compute), config.router.weigh, operands, layout)
+    return out.astype(tokens.dtype)
 
 
 def _there(
@@ -140,11 +150,20 @@ def _one_exchange(config: MoeMlp, compute: str, axis: tuple[str, ...], operands:
 
 def _through(config: MoeMlp, compute: str, rows: Array, matrices: Matrices) -> Array:
     """Rows [experts x slots, d_model] through their experts."""
+    slots = rows.reshape(matrices["up"].shape[0], -1, rows.shape[-1])
+    return _fed(config, lambda x, w: batched(x, w, compute), slots, matrices).reshape(rows.shape)
 
-    def product(rows: Array, name: str) -> Array:
-        return checkpoint_name(batched(rows, matrices[name], compute), DOT)
 
-    width = rows.shape[-1]
-    rows = rows.reshape(matrices["up"].shape[0], -1, width)
-    gate = product(rows, "gate") if config.expert.gated else None
-    return product(activate(config.expert, product(rows, "up"), gate), "down").reshape(-1, width)
+def _sorted(config: MoeMlp, compute: str, rows: Array, matrices: Matrices, sizes: Array) -> Array:
+    """Rows [picks, d_model] sorted by expert through their experts, `sizes` rows each."""
+    return _fed(config, lambda x, w: ragged.ragged(x, w, sizes, compute, True), rows, matrices)
+
+
+def _fed(config: MoeMlp, product: Callable[[Array, Array], Array], x: Array, matrices: Matrices) -> Array:
+    """Every expert's feed-forward block of its rows."""
+
+    def named(x: Array, name: str) -> Array:
+        return checkpoint_name(product(x, matrices[name]), DOT)
+
+    gate = named(x, "gate") if config.expert.gated else None
+    return named(activate(config.expert, named(x, "up"), gate), "down")

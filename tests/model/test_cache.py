@@ -111,6 +111,27 @@ def test_slots_hold_the_last_positions() -> None:
             assert slot_positions(slots, jnp.asarray([length])).tolist() == [held]
 
 
+@pytest.mark.parametrize("name", ["full", "window", "latent", "sparse"])
+def test_a_single_row_equals_the_whole_sequence(name: str) -> None:
+    """One row and one token are written in place, by other code than several of either."""
+    model, tokens = small_model(**VARIANTS[name]), tokens_of(1, 12)
+
+    def both(model: Transformer) -> tuple[jax.Array, jax.Array, Cache, Cache]:
+        first, cache = model.decode(tokens[:, :3], init_cache(model.config, 1, 12))
+
+        def one(cache: Cache, token: jax.Array) -> tuple[Cache, jax.Array]:
+            logits, cache = model.decode(token[None, None], cache)
+            return cache, logits[0]
+
+        cache, rest = jax.lax.scan(one, cache, tokens[0, 3:])
+        idle = model.decode(tokens[:, :1], cache, jnp.zeros(1, jnp.int32))[1]
+        return model(tokens), jnp.concatenate([first, rest.swapaxes(0, 1)], 1), cache, idle
+
+    full, found, cache, idle = jax.jit(both)(model)
+    np.testing.assert_allclose(found, full, atol=2e-5)
+    jax.tree.map(np.testing.assert_array_equal, idle, cache)
+
+
 @pytest.mark.parametrize("name", ["full", "window", "sparse"])
 def test_a_call_without_tokens_changes_nothing(name: str) -> None:
     model = small_model(**VARIANTS[name])

@@ -141,6 +141,7 @@ def test_what_splash_covers() -> None:
         (Host("cuda", 7.0, 1), ()),
         (Host("cuda", 8.0, 1), ("cudnn",)),
         (Host("cuda", 9.0, 8), ("cudnn",)),
+        (Host("cuda", 9.0, 1), ("cudnn", "ragged")),
         (Host("tpu", 0.0, 1), ("splash",)),
         (Host("tpu", 0.0, 4), ("splash",)),
     ],

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llamax.config.components import Init
-from llamax.model.linear import contract, residual_gain, weight
+from llamax.model.linear import _one_row, contract, residual_gain, weight
 
 # x shape, w shape, contracted axes, the same as an einsum: every product in the model.
 SHAPES = {
@@ -33,6 +33,19 @@ def test_value_and_gradient_equal_einsum(name: str) -> None:
     expected, plain_vjp = jax.vjp(lambda x, w: jnp.einsum(spec, x, w), x, w)
     for a, b in zip((found, *vjp(g)), (expected, *plain_vjp(g)), strict=True):
         np.testing.assert_allclose(a, b, atol=5e-6)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_one_row_as_a_sum(name: str) -> None:
+    """What a GPU does in place of a product, in both number formats."""
+    x, w, _ = arrays(name)
+    _, _, inputs, spec = SHAPES[name]
+    x = x[:1, :1]
+    np.testing.assert_allclose(_one_row(x, w, inputs, "float32"), jnp.einsum(spec, x, w), atol=5e-6)
+    x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    exact = jnp.einsum(spec, x.astype(jnp.float32), w.astype(jnp.float32))
+    np.testing.assert_array_equal(_one_row(x, w, inputs, "bfloat16").dtype, jnp.bfloat16)
+    np.testing.assert_allclose(_one_row(x.astype(jnp.float32), w, inputs, "bfloat16"), exact, atol=5e-6)
 
 
 @pytest.mark.parametrize("activation", ["float32", "bfloat16"])
