@@ -65,7 +65,9 @@ def about() -> dict[str, Any]:
     done = subprocess.run([sys.executable, "-c", code], env=_environment(), capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"JAX does not start: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    (found.get("git") or {}).pop("diff", None)  # long, and the rows are to be read
+    return found
 
 
 def _environment() -> dict[str, str]:

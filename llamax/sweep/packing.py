@@ -34,6 +34,21 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Filled:
+    """Wall seconds of a step of `members` in one program on one accelerator / of all of them one after another."""
+
+    n: int
+    members: int
+    ratio: float
+
+    def at(self, members: int) -> float:
+        """The ratio for another count, by the two parts that a step of a population has: one that members share, and
+        one that each adds (Amdahl's law; the shared part is 1 - `own` of a member's step alone)."""
+        own = (self.ratio * self.members - 1) / (self.members - 1)
+        return own + (1 - own) / members
+
+
+@dataclass(frozen=True)
 class Startup:
     """Seconds besides steps: of a further run in a process that has trained one, and of a further member."""
 
@@ -114,17 +129,23 @@ def _group(members: Sequence[Cell], pack: Pack, workers: int, cores: int, accele
     if pack.kind == "most":
         return Group(names, min(share, pack.members), None, f"--pack {pack}")
     if accelerators:
-        return Group(names, *_fill(members[0].config, share, accelerators))
+        return Group(names, *_fill(members[0], share, accelerators))
     return Group(names, *_on_cpu(members[0], share, cores))
 
 
-def _fill(config: RunConfig, share: int, accelerators: Sequence[int]) -> tuple[int, None, str]:
+def _fill(cell: Cell, share: int, accelerators: Sequence[int]) -> tuple[int, float | None, str]:
     """As many members as the devices hold, spread evenly."""
-    need = memory_bytes(config)["total"]
+    need = memory_bytes(cell.config)["total"]
     each = int(MEMORY_SHARE * min(accelerators) / need)
     size = max(1, min(share, each * len(accelerators)))
     held = f"{MEMORY_SHARE:.0%} of {min(accelerators) / 1e9:.0f} GB holds {each} members of {need / 1e9:.3g} GB"
-    return size, None, f"{held}, on each of {len(accelerators)} devices"
+    rule = f"{held}, on each of {len(accelerators)} devices"
+    row = min((row for row in FILLED if row.n >= cell.n), key=lambda row: row.n, default=None)
+    if row is None or size < 2:
+        return size, None, rule
+    on_each = -(-size // len(accelerators))
+    measured = f"{row.members} members of N <= {row.n:,} measured {row.ratio:g} on one {FILLED_ON}"
+    return size, on_each * row.at(on_each) / size, f"{rule}; {measured}"
 
 
 def _on_cpu(cell: Cell, share: int, cores: int) -> tuple[int, float | None, str]:
@@ -163,6 +184,12 @@ MEASURED = (
     Measured(n=32_928, cores=2, ratio=0.70),
     Measured(n=885_888, cores=2, ratio=0.93),
     Measured(n=5_770_496, cores=2, ratio=0.88),
+)
+FILLED_ON = "H200"  # benchmarks/2026-11-28-nvidia-h200.json, bfloat16
+FILLED = (
+    Filled(n=32_928, members=16, ratio=0.117),
+    Filled(n=885_888, members=16, ratio=0.185),
+    Filled(n=5_770_496, members=16, ratio=0.367),
 )
 COMPILE_SECONDS = 4.0  # of a population's program, which the cache may lack while it holds that of a run alone
 STARTUP = Startup(run=0.82, member=0.53)  # processor seconds, 4 runs end to end less their steps

@@ -86,7 +86,25 @@ def test_an_accelerator_is_filled_by_the_memory_estimate():
     assert groups(cells, AUTO, accelerators=[1000])[0].size == 1
 
 
+def test_an_accelerator_s_expected_gain_is_the_measured_one(monkeypatch: pytest.MonkeyPatch):
+    """A population of the measured size has the measured ratio; alone it is 1; devices share members; and beyond the
+    largest measured model nothing is said."""
+    cells = plan_of().cells
+    row = packing.Filled(10**6, 4, 0.4)
+    monkeypatch.setattr(packing, "FILLED", (row, packing.Filled(10**9, 4, 0.9)))
+    assert (row.at(4), row.at(1)) == (pytest.approx(0.4), pytest.approx(1.0))
+    assert row.at(8) == pytest.approx(0.2 + 0.8 / 8)  # 1.6 steps' time for four: 0.8 shared, 0.2 for each
+    one = groups(cells, AUTO, accelerators=[10**12])[0]
+    assert (one.size, one.expected) == (4, pytest.approx(0.4))
+    assert "4 members of N <= 1,000,000 measured 0.4" in one.rule
+    two = groups(cells, AUTO, accelerators=[10**12] * 2)[0]
+    assert two.expected == pytest.approx(2 * row.at(2) / 4)
+    monkeypatch.setattr(packing, "FILLED", (packing.Filled(1, 4, 0.4),))
+    assert groups(cells, AUTO, accelerators=[10**12])[0].expected is None
+
+
 def test_the_shipped_table_has_its_rule():
+    assert all(0 < row.ratio < 1 for row in packing.FILLED)
     assert packing.MEASURED
     assert all(0 < row.ratio <= 1.05 for row in packing.MEASURED)
 
