@@ -12,7 +12,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from llamax.accounting import memory_bytes
-from llamax.config.run import RunConfig
 from llamax.errors import UserError
 from llamax.sweep.throughput import STARTUP_SECONDS
 from llamax.train.shape import fits_one_device, shape_key
