@@ -37,6 +37,10 @@ from llamax.train.digests import Damaged, read_note, verify_digests, write_diges
 from llamax.train.files import disk_cause, sync_folder
 from llamax.train.run_dir import CHECKPOINTS
 
+# How long Orbax lets a save take. It goes by the wall clock, which may be set forward by days while a save runs, and a
+# slow disk is no failure: peers that died are noticed by mesh/channel.py. A century, as threads can wait that.
+SAVE_SECONDS = 100 * 365 * 86400
+
 T = TypeVar("T")
 Warn = Callable[[str], None]
 
@@ -82,7 +86,7 @@ class Checkpoints:
 
     @functools.cached_property
     def _writer(self) -> Any:
-        return _orbax().AsyncCheckpointer(_orbax().PyTreeCheckpointHandler())
+        return _orbax().AsyncCheckpointer(_orbax().PyTreeCheckpointHandler(), timeout_secs=SAVE_SECONDS)
 
     def due(self, step: int) -> Literal["permanent", "temporary"] | None:
         """Which kind of checkpoint `step` calls for: permanent by step, else `every_seconds` after the last."""

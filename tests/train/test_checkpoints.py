@@ -292,6 +292,17 @@ def test_load_params_leaves_a_running_save_alone(tmp_path):
     assert names(tmp_path / "checkpoints") == ["100", "200.saving"]
 
 
+# ---------------------------------------------------------------- clock
+@pytest.mark.parametrize("leap", [86400.0, -86400.0])
+def test_a_clock_that_leaps_fails_no_save(tmp_path, monkeypatch, leap):
+    """Orbax measures its patience with the wall clock: here it moves a day whenever it is looked at."""
+    real, looks = time.time, iter(range(1, 10**9))
+    monkeypatch.setattr(time, "time", lambda: real() + leap * next(looks))
+    save_all(tmp_path, 100, 200)
+    assert restored(tmp_path)[0] == 200
+    assert next(looks) > 10, "nobody looked"
+
+
 # ---------------------------------------------------------------- full disk
 FULL = "RESOURCE_EXHAUSTED: Failed to write 9 bytes to file 11: No space left on device [os_error_code='28']"
 
