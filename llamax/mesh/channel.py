@@ -80,7 +80,11 @@ def gather(plan: Processes, facts: Mapping[str, Any]) -> dict[int, tuple[Line, M
     others: list[Line] = []
     problem: str | None = None
     until = time.monotonic() + plan.start_seconds
-    with _listen(plan) as server:
+    with _listen(plan, plan.port) as server:
+        try:
+            _listen(plan, plan.port + 1).close()  # jax.distributed would crash where that one is taken
+        except UserError as error:
+            problem, until = str(error), time.monotonic() + LATE
         while len(came) < plan.count - 1 and (left := until - time.monotonic()) > 0:
             server.settimeout(left)
             try:
@@ -184,13 +188,13 @@ class Refused(Exception):
         self.code = code
 
 
-def _listen(plan: Processes) -> socket.socket:
-    """A listening socket at the coordinator's port. Raises UserError where it cannot be bound."""
+def _listen(plan: Processes, port: int) -> socket.socket:
+    """A listening socket at a port of the coordinator's. Raises UserError where it cannot be bound."""
     address = plan.bind or plan.host
     until = time.monotonic() + min(plan.start_seconds, 30.0)
     while True:
         try:
-            family, kind, _, _, where = socket.getaddrinfo(address, plan.port, type=socket.SOCK_STREAM)[0]
+            family, kind, _, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
             server = socket.socket(family, kind)
             server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             server.bind(where)
@@ -201,8 +205,9 @@ def _listen(plan: Processes) -> socket.socket:
                 raise UserError(f"process 0 cannot listen: {address!r} has no address ({error.strerror})") from None
             time.sleep(RETRY)
         except OSError as error:
+            above = "" if port == plan.port else ", one above the coordinator's port, where jax.distributed goes"
             raise UserError(
-                f"process 0 cannot listen at {address}:{plan.port}: {(error.strerror or str(error)).lower()}; "
+                f"process 0 cannot listen at {address}:{port}{above}: {(error.strerror or str(error)).lower()}; "
                 "choose another port (--coordinator, LLAMAX_COORDINATOR), or an address of this host (--bind, "
                 "LLAMAX_BIND)"
             ) from None

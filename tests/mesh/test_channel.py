@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -107,6 +108,18 @@ def test_an_address_in_use_or_of_another_host():
             gather(plan, FACTS)
     with pytest.raises(UserError, match=r"cannot listen at 192.0.2.77:\d+: cannot assign requested address"):
         gather(Processes(f"192.0.2.77:{free_port()}", 2, 0), FACTS)
+
+
+def test_the_port_above_in_use():
+    """Where jax.distributed would listen, and crash: said in words, and the others are told."""
+    first, second = plans(2)
+    with socket.socket() as other, ThreadPoolExecutor(1) as pool:
+        other.bind(("127.0.0.1", first.port + 1))
+        other.listen()
+        follower = pool.submit(join, second, FACTS)
+        with pytest.raises(UserError, match=rf"cannot listen at 127.0.0.1:{first.port + 1}, one above .*in use; choose"):
+            gather(first, FACTS)
+        assert isinstance(follower.exception(), Refused)
 
 
 def test_a_stranger_is_nobody():
