@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key
 
 from llamax.config.components import Init, MoeMlp
 from llamax.model import ragged
-from llamax.model.dispatch import Round, batched, grouped, in_rounds, joined, layout_of, sent, sorted_rows
+from llamax.model.dispatch import Operands, Round, batched, grouped, in_rounds, joined, layout_of, sent, sorted_rows
 from llamax.model.exchange import Matrices, TokenAxes, exchange, on_own_tokens
 from llamax.model.execution import Execution
 from llamax.model.linear import DOT, contract, parameter, weight
@@ -96,9 +96,6 @@ def _routed(
     here = functools.partial(_here, kernel)
     experts = here if axes is None or not axes.experts else functools.partial(_there, axes)
     return experts(config, compute, tokens, choice.weights, choice.experts, matrices), choice
-
-
-Operands = tuple[Float[Array, "tokens d_model"], Float[Array, "tokens top_k"], Matrices]
 
 
 def _here(
