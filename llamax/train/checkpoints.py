@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -86,6 +87,7 @@ class Checkpoints:
 
     @functools.cached_property
     def _writer(self) -> Any:
+        _hush_closed_loops()
         return _orbax().AsyncCheckpointer(_orbax().PyTreeCheckpointHandler(), timeout_secs=SAVE_SECONDS)
 
     def due(self, step: int) -> Literal["permanent", "temporary"] | None:
@@ -212,6 +214,19 @@ class Checkpoints:
                 f"checkpoint of step {work.stem} could not be saved in {self._directory}: {cause}; {kept}; "
                 "then give the same command again to continue"
             ) from error
+
+
+@functools.cache
+def _hush_closed_loops() -> None:
+    """When a write fails Orbax closes its event loop, and TensorStore then complains of it once for every other array:
+    dozens of tracebacks in front of the one message. What else cannot be raised is shown as before."""
+    shown = sys.unraisablehook
+
+    def hook(failure: Any) -> None:
+        if not (isinstance(failure.exc_value, RuntimeError) and str(failure.exc_value) == "Event loop is closed"):
+            shown(failure)
+
+    sys.unraisablehook = hook
 
 
 def load_state(

@@ -346,7 +346,8 @@ checkpoints.wait()
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
 try:
     import numpy as np
-    checkpoints.save(2, {{"w": np.random.default_rng(0).normal(size=100_000)}}, {{}}, True)
+    many = {{str(i): np.random.default_rng(i).normal(size=100_000) for i in range(60)}}
+    checkpoints.save(2, many, {{}}, True)
     checkpoints.close()
 except UserError as error:
     print(error)
