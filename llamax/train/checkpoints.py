@@ -204,8 +204,11 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            if work.suffix == ".saving":
+            for _ in range(20 if work.suffix == ".saving" else 0):  # TensorStore's threads may still be writing there
                 shutil.rmtree(work, ignore_errors=True)
+                time.sleep(0.05)
+                if not work.exists():
+                    break
             if (cause := disk_cause(error)) is None:
                 raise
             steps = [str(found.step) for found in find_checkpoints(self._directory)][::-1]
