@@ -38,8 +38,8 @@ from llamax.train.digests import Damaged, read_note, verify_digests, write_diges
 from llamax.train.files import disk_cause, sync_folder
 from llamax.train.run_dir import CHECKPOINTS
 
-# How long Orbax lets a save take. It goes by the wall clock, which may be set forward by days while a save runs, and a
-# slow disk is no failure: peers that died are noticed by mesh/channel.py. A century, as threads can wait that.
+# Orbax's patience with a save, by the wall clock, which may leap by days; a slow disk is no failure, and dead peers are
+# noticed by mesh/channel.py. A century, as threads can wait that.
 SAVE_SECONDS = 100 * 365 * 86400
 
 T = TypeVar("T")
