@@ -204,11 +204,10 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            for _ in range(20 if work.suffix == ".saving" else 0):  # TensorStore's threads may still be writing there
-                shutil.rmtree(work, ignore_errors=True)
-                time.sleep(0.05)
-                if not work.exists():
-                    break
+            for _ in range(20):  # TensorStore's threads may still be writing there
+                if work.suffix == ".saving" and work.exists():
+                    shutil.rmtree(work, ignore_errors=True)
+                    time.sleep(0.05)
             if (cause := disk_cause(error)) is None:
                 raise
             steps = [str(found.step) for found in find_checkpoints(self._directory)][::-1]
