@@ -163,11 +163,12 @@ def type_bytes(text: str, space: str | None = None) -> int:
 def parse_program(text: str) -> Program:
     """The module of an HLO text; lines it does not know are passed over."""
     frames = _Frames(text)
+    text = re.sub(r'\n(?="|\}\})', "", text)  # what a kernel says of itself goes over several lines
     computations: dict[str, tuple[Instruction, ...]] = {}
     inside: list[Instruction] = []
     current, entry = "", ""
     for line in text.splitlines():
-        if line[:1] == "}":
+        if line[:1] == "}":  # also `}, execution_thread="sparsecore"`
             computations[current], inside = tuple(inside), []
         elif match := _COMPUTATION.match(line):
             current = match[1]

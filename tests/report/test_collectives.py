@@ -144,6 +144,42 @@ ENTRY %main (x: f32[64,8]) -> f32[16,8] {
     }
 
 
+def test_what_follows_a_kernel_that_speaks_in_several_lines() -> None:
+    """As a TPU program spells a splash attention: one of its lines begins with a brace, and does not end the loop's
+    body. A ragged exchange sends its first operand; the second is the buffer of its result."""
+    text = """HloModule m
+
+%body (p: (s32[], f32[64,8])) -> (s32[], f32[64,8]) {
+  %p = (s32[], f32[64,8]{1,0}) parameter(0)
+  %n = s32[] get-tuple-element(%p), index=0
+  %x = f32[64,8]{1,0} get-tuple-element(%p), index=1
+  %r = f32[64,8]{1,0} ragged-all-to-all(%x, %x, %n, %n, %n, %n), channel_id=2, replica_groups=[2,4]<=[8]
+  %k = f32[64,8]{1,0} custom-call(%r), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="splash"}
+  %g = f32[256,8]{1,0} all-gather(%k), replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %t = (s32[], f32[64,8]{1,0}) tuple(%n, %k)
+}
+
+%until (q: (s32[], f32[64,8])) -> pred[] {
+  %q = (s32[], f32[64,8]{1,0}) parameter(0)
+  ROOT %c = pred[] constant(true)
+}, execution_thread="main"
+
+ENTRY %main (y: (s32[], f32[64,8])) -> (s32[], f32[64,8]) {
+  %y = (s32[], f32[64,8]{1,0}) parameter(0)
+  ROOT %w = (s32[], f32[64,8]{1,0}) while(%y), condition=%until, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+}
+"""
+    program = parse_program(text)
+    assert [part.name for part in program.computations["body"]] == ["p", "n", "x", "r", "k", "g", "t"]
+    assert program.instructions["k"].op_name == "splash"
+    assert totals(collectives(program, SIZES)) == {
+        ("ragged-all-to-all", ("tensor",)): (5, 5 * 64 * 8 * 4 * 3 / 4),
+        ("all-gather", ("tensor",)): (5, 5 * 256 * 8 * 4 * 3 / 4),
+    }
+
+
 def test_type_bytes() -> None:
     text = "(f32[4,128]{1,0:T(8,128)}, bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, pred[7]{0}, "
     text += "/*index=3*/s4[8]{0:S(1)}, f8e4m3fn[5])"
