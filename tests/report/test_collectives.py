@@ -161,14 +161,14 @@ def test_what_follows_a_kernel_that_speaks_in_several_lines() -> None:
   ROOT %t = (s32[], f32[64,8]{1,0}) tuple(%n, %k)
 }
 
-%until (q: (s32[], f32[64,8])) -> pred[] {
+%end (q: (s32[], f32[64,8])) -> pred[] {
   %q = (s32[], f32[64,8]{1,0}) parameter(0)
   ROOT %c = pred[] constant(true)
 }, execution_thread="main"
 
 ENTRY %main (y: (s32[], f32[64,8])) -> (s32[], f32[64,8]) {
   %y = (s32[], f32[64,8]{1,0}) parameter(0)
-  ROOT %w = (s32[], f32[64,8]{1,0}) while(%y), condition=%until, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %w = (s32[], f32[64,8]{1,0}) while(%y), condition=%end, body=%body, backend_config={"known_trip_count":{"n":"5"}}
 }
 """
     program = parse_program(text)
