@@ -79,6 +79,19 @@ def test_long_prompts_are_read_in_blocks(style: str, monkeypatch: pytest.MonkeyP
     assert [row.tolist() for row in blocks] == [row.tolist() for row in whole]
 
 
+@pytest.mark.parametrize("style", ["llama", "mla"])
+def test_matrices_kept_with_their_inputs_last_say_the_same(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU keeps them, for one row and for several."""
+    model = model_of(style)
+    plain = Engine(model).run(PROMPTS, [GREEDY] * 3, [0] * 3, 6)[0]
+    monkeypatch.setattr(engine_module, "TURNED", ("cpu",))
+    engine = Engine(model)
+    assert engine.model.stacks[0].blocks[0].mlp.up[...].shape[1:] == model.stacks[0].blocks[0].mlp.up[...].shape[:0:-1]
+    turned = engine.run(PROMPTS, [GREEDY] * 3, [0] * 3, 6)[0]
+    assert [row.tolist() for row in turned] == [row.tolist() for row in plain]
+    assert engine.run(PROMPTS[:1], [GREEDY], [0], 6)[0][0].tolist() == plain[0].tolist()
+
+
 def test_a_row_draws_the_same_alone_and_with_others_and_again() -> None:
     model = model_of("window")
     samplings = [Sampling(0.9), Sampling(1.5, top_k=5), Sampling(1.0, top_p=0.8, min_p=0.02)]
