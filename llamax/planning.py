@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from llamax.config.run import RunConfig
 
 SETTINGS = "pretrain"  # of configs/train: what a model named by itself is trained with
+ROOM = 0.5  # of a device's memory that the estimate may fill: a compiler's own buffers are not in it
 EVERY = 30.0  # seconds between lines of progress where there is no terminal
 Report = Callable[[str], None]
 
@@ -83,9 +85,11 @@ def plan_run(
 
 
 def _config(source: str, overrides: list[str], topology: Topology) -> RunConfig:
-    """The run: a config as it is; a model by its name with SETTINGS, in microbatches of one sequence a device."""
+    """The run: a config as it is; a model by its name with SETTINGS, in as few microbatches as leave, by estimate, half
+    of the memory: each of them gathers the weights again."""
     from llamax.config.files import find, read_yaml, shipped, unknown
     from llamax.config.load import load_run, model_names, named_model, run_from_data
+    from llamax.train.remat import device_bytes
 
     if source in shipped("train") or Path(source).suffix in (".yaml", ".yml"):
         return load_run(source, overrides)
@@ -101,13 +105,22 @@ def _config(source: str, overrides: list[str], topology: Topology) -> RunConfig:
     if any(text.startswith(("train.grad_accumulation=", "train.batch_size=")) for text in overrides):
         return config
     rule = read_yaml(find("meshes", config.mesh.rules, "mesh rules"))["batch"]
-    cut = [rule] if isinstance(rule, str) else rule
-    ways = topology.devices
-    for axis, size in config.mesh.as_dict().items():
-        ways //= size if isinstance(size, int) and size > 1 and axis not in cut else 1
-    batch = max(config.train.batch_size // ways, 1) * ways
-    train = config.train.model_copy(update={"batch_size": batch, "grad_accumulation": batch // ways})
-    return config.model_copy(update={"train": train})
+    sizes = _sizes(config, topology.devices)
+    ways = math.prod(sizes[axis] for axis in ([rule] if isinstance(rule, str) else rule))
+    rows = max(config.train.batch_size // ways, 1)
+    for parts in (parts for parts in range(1, rows + 1) if rows % parts == 0):
+        train = config.train.model_copy(update={"batch_size": rows * ways, "grad_accumulation": parts})
+        config = config.model_copy(update={"train": train})
+        if device_bytes(config, "full", True, sizes) <= ROOM * topology.kind.memory:
+            break
+    return config
+
+
+def _sizes(config: RunConfig, devices: int) -> dict[str, int]:
+    """Devices along every axis, an open one given all that remain."""
+    sizes = config.mesh.sizes
+    taken = math.prod(size for size in sizes.values() if size > 0)
+    return {axis: size if size > 0 else max(devices // taken, 1) for axis, size in sizes.items()}
 
 
 def _lengths(model: str) -> dict[str, int]:

@@ -15,7 +15,7 @@ from llamax.accounting.topology import find_topology
 from llamax.cli import main
 from llamax.config.load import load_model, load_run
 from llamax.errors import UserError
-from llamax.planning import plan_run
+from llamax.planning import _config, plan_run
 from llamax.report.changes import changes
 from llamax.report.plan_page import plan_lines
 from llamax.train.ahead import refused_bytes
@@ -87,6 +87,22 @@ def test_the_page_is_a_hundred_columns(plan: dict[str, Any]) -> None:
     text = "\n".join(lines)
     for part in ("memory a device", "fits", "all-reduce", "network", "MFU", "$", "rules"):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("topology", "overrides", "parts"),
+    [
+        ("v5p:2x2x4", [], 16),  # 64 rows a chip, four at a time
+        ("v5p:4x4x4", [], 4),  # 16 rows a chip, four at a time too: their logits are what counts
+        ("v5e:4x4", [], 64),  # nothing fits 16 GB, not even one row
+        ("v5p:2x2x4", ["train.grad_accumulation=8"], 8),
+    ],
+)
+def test_a_model_by_its_name_has_few_microbatches(topology: str, overrides: list[str], parts: int) -> None:
+    """As few as keep the estimate within half of the memory; what is asked for is kept."""
+    where = find_topology(topology)
+    train = _config("llama3/8b", overrides, where).train
+    assert (train.batch_size, train.grad_accumulation) == (1024, parts)
 
 
 # ---------------------------------------------------------------- what does not fit
