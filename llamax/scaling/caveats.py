@@ -80,7 +80,9 @@ def group_words(runs: pd.DataFrame) -> list[str]:
     """A warning where a cluster bootstrap has few clusters to draw from."""
     if "run" not in runs or (groups := runs["run"].nunique()) >= FEW_GROUPS:
         return []
-    return [f"only {groups} groups: intervals from resampling so few are rough and usually too narrow"]
+    return [
+        f"only {groups} group{'s' * (groups != 1)}: intervals from resampling so few are rough and usually too narrow"
+    ]
 
 
 def distance_words(runs: pd.DataFrame, flops: Any) -> list[str]:
