@@ -48,6 +48,15 @@ def finished_runs(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     return usable_runs(frame)
 
 
+def runs_to_fit(path: Path, table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The finished runs of a table that `read_runs` read from `path`, and in words what was taken for granted and left
+    out. Raises UserError where none is finished."""
+    frame, words = finished_runs(table)
+    if frame.empty:
+        raise UserError(f"{path}: no run is finished; {words[-1] if words else 'it holds no run yet'}")
+    return frame, [*table.attrs.get("warnings", []), *words]
+
+
 def find_columns(
     frame: pd.DataFrame,
     asked: Mapping[str, str | None],

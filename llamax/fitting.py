@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from llamax.columns import find_columns, finished_runs, need_columns, read_runs
+from llamax.columns import find_columns, need_columns, read_runs, runs_to_fit
 from llamax.console import AtHand, Json, print_json, show
 from llamax.errors import UserError
 
@@ -152,11 +152,7 @@ def fit_data(path: Path, options: FitOptions) -> dict[str, Any]:
     """
     from llamax.scaling.caveats import bootstrap_words, checkpoint_words, run_words
 
-    table = read_runs(path)
-    frame, words = finished_runs(table)
-    words = [*table.attrs.get("warnings", []), *words]
-    if frame.empty:
-        raise UserError(f"{path}: no run is finished; {words[-1]}")
+    frame, words = runs_to_fit(path, read_runs(path))
     asked = {**options.columns, "run": options.group}
     columns = find_columns(frame, asked, count=options.count, flop_count=options.flop_count)
     words += checkpoint_words(frame, columns)
