@@ -169,11 +169,43 @@ def test_what_is_doubtful_is_said(tmp_path: Path) -> None:
         (lambda f: f, {"at": -1e20}, "flops: -1e"),
         (lambda f: f, {"columns": {**COLUMNS, "n": "size"}}, "'size' \\(for n\\)"),
         (lambda f: f, {"group": "cluster"}, "'cluster' \\(for run\\)"),
+        (lambda f: f.assign(level=-f["level"]), {}, "'level': -.*must be positive"),
+        (lambda f: f.assign(one="a"), {"group": "one", "bootstrap": 20}, "all rows are of one run"),
+        (lambda f: f, {"method": "l2", "law": "overtraining"}, "or vp"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(tmp_path: Path, change: Any, options: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         fit(change(table()), tmp_path, **{"columns": {**COLUMNS, "budget": "level"}, **options})
+
+
+@pytest.mark.parametrize("change", [lambda loss: loss / 1e9, lambda loss: np.where(loss.index < 3, loss / 1e9, loss)])
+def test_losses_off_by_a_billion_are_questioned(tmp_path: Path, change: Any) -> None:
+    for law in ("chinchilla", "overtraining"):
+        frame = table().assign(nll=lambda f: change(f["nll"]))
+        assert "loss goes down to" in words(fit(frame, tmp_path, law=law)), law
+        assert "loss goes down to" not in words(fit(table(), tmp_path, law=law)), law
+
+
+def test_copies_with_other_digits_are_questioned(tmp_path: Path) -> None:
+    frame = table()
+    copies = frame.iloc[:3].assign(nll=frame["nll"].iloc[:3].round(5))
+    assert "duplicated runs? 3 rows" in words(fit(pd.concat([frame, copies]), tmp_path, law="chinchilla"))
+    seeds = frame.assign(nll=frame["nll"] * np.exp(0.003 * np.random.default_rng(1).normal(size=len(frame))))
+    assert "duplicated" not in words(fit(pd.concat([frame, seeds]), tmp_path, law="chinchilla"))
+
+
+def test_a_study_without_runs_is_refused_in_words(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run is finished; it holds no run yet"):
+        fit_data(tmp_path, FitOptions())
+
+
+def test_intervals_have_a_width_where_each_group_is_a_budget(tmp_path: Path) -> None:
+    """Drawn within its budget, a run that is alone there would be in every resample once."""
+    frame = table().assign(cluster=lambda f: f["level"], own=lambda f: f["compute"] * (1 + 1e-3 * f.index))
+    for options in ({"group": "cluster", "columns": NAMES}, {"columns": {**NAMES, "budget": "own"}}):
+        low, high = fit(frame, tmp_path, law="chinchilla", bootstrap=40, **options)["intervals"]["alpha"]
+        assert high - low > 1e-3, options
 
 
 def test_tables_fit_100_columns(tmp_path: Path) -> None:
