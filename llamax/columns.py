@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LEDGER_COLUMNS = {"n": "n", "d": "tokens", "loss": "eval_loss", "flops": "flops_6n", "budget": "budget"}
-# Where no column is named, the first of these that the table has.
+# Where no column is named, the first of these that the table has, with anything in it.
 USUAL = {
     "n": ("n", "params", "N"),
     "d": ("tokens", "d", "D"),
@@ -82,7 +82,8 @@ def find_columns(
     if wrong := [f"{name!r} (for {role})" for role, name in asked.items() if name and name not in frame]:
         raise UserError(f"column {', '.join(wrong)}: not in the table; it has {names}")
     return {
-        role: asked.get(role) or next((name for name in usual if name in frame), None) for role, usual in USUAL.items()
+        role: asked.get(role) or next((name for name in usual if name in frame and frame[name].notna().any()), None)
+        for role, usual in USUAL.items()
     }
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llamax.columns import LEDGER_COLUMNS, USUAL, find_columns, finished_runs, need_columns, read_runs, runs_to_fit
+from llamax.columns import USUAL, find_columns, finished_runs, need_columns, read_runs, runs_to_fit
 from llamax.console import AtHand, Json, print_json, show
 from llamax.errors import UserError
 
@@ -137,7 +137,7 @@ def runs_of(data: Path, columns: str = "") -> tuple[pd.DataFrame, dict[str, str 
         if not equals or key not in USUAL:
             raise UserError(f"--columns {part!r}: give {', '.join(f'{key}=COLUMN' for key in USUAL)}")
         asked[key] = name
-    names = find_columns(frame, LEDGER_COLUMNS if data.is_dir() else asked)
+    names = find_columns(frame, asked)
     need_columns(frame, names, "--columns {role}=COLUMN")
     return frame, names
 

@@ -12,11 +12,17 @@ from typer.testing import CliRunner
 
 from llamax.cli import app
 from llamax.columns import finished_runs
+from llamax.config.load import validate
+from llamax.config.sweep import SweepConfig
 from llamax.errors import UserError
+from llamax.fitting import FitOptions, fit_data
 from llamax.predicting import register_prediction, score_all
 from llamax.scaling import fit_frame
 from llamax.scaling.records import data_digest, read_predictions
+from llamax.sweep.plan import make_plan
+from llamax.sweep.study import open_study
 from tests.report.make_study import BUDGETS, law, make_study, optimum
+from tests.sweep.finished import finish
 
 
 def command(*words: str) -> str:
@@ -124,6 +130,17 @@ def test_tables_are_predicted_as_they_are_fitted(table: Path, tmp_path: Path, na
         else:
             more.to_json(path, orient="records", lines=True)
         assert score_all(path, COLUMNS)[0]["measured"] == measured
+
+
+def test_a_study_without_budgets_is_fitted_and_predicted(tmp_path: Path) -> None:
+    """Its ledger has a column of budgets with nothing in it, which is not a missing value in every run."""
+    base = {"model": {"base": "ladder/d8", "max_seq_len": 64}, "train": {"steps": 9, "seq_len": 64, "batch_size": 8}}
+    axis = {"kind": "ladder", "sizes": ["ladder/d16", "ladder/d32", "ladder/d64"], "tokens_per_param": [5, 20, 80]}
+    plan = make_plan(validate(SweepConfig, {"name": "s", "base": base, "axes": [axis]}, "test"))
+    open_study(tmp_path, plan)
+    assert finish(tmp_path, plan, law, noise=0.002) == 9
+    assert fit_data(tmp_path, FitOptions(bootstrap=0))["n_points"] == 9
+    assert register_prediction(tmp_path, 1e13, bootstrap=0)["data"]["runs"] == 9
 
 
 def test_a_trunk_is_neither_fitted_nor_an_answer() -> None:
