@@ -336,6 +336,18 @@ def test_a_far_target_of_approach_2_is_flagged(tmp_path):
     assert any("long extrapolation" in word for word in fit_data(tmp_path / "a.csv", options)["warnings"])
 
 
+def test_the_target_of_approach_1_is_checked_too(tmp_path):
+    sizes, parts = np.geomspace(1e7, 1e9, 12), np.geomspace(1e-3, 1, 60)
+    runs = pd.DataFrame([(f"r{i}", n, 2000 * (1e7 * n) ** 0.5 * part) for i, n in enumerate(sizes) for part in parts])
+    runs.columns = ["run", "n", "d"]
+    runs["loss"] = 1.7 + 400 / runs["n"] ** 0.34 + 1100 / runs["d"] ** 0.29
+    options = {"columns": {}, "approaches": (1,), "group": "run"}
+    assert "long extrapolation" in words(fit(runs, tmp_path, at=1e40, **options))
+    for flops in (-1.0, float("nan")):
+        with pytest.raises(UserError, match="give a positive number of training FLOPs"):
+            fit(runs, tmp_path, at=flops, **options)
+
+
 def test_checkpoints_without_a_group_are_flagged(tmp_path):
     sizes, parts = np.geomspace(1e7, 1e9, 6), np.linspace(0.1, 1, 12)
     runs = pd.DataFrame([(f"r{i}", n, 20 * n * part) for i, n in enumerate(sizes) for part in parts])
@@ -371,6 +383,16 @@ def test_registry_laws_read_flops_as_the_others_do(tmp_path):
     assert dear["n_opt"] < whole["n_opt"]  # each token costs twice as much
     with pytest.raises(UserError, match=r"column 'flops': -1 .28 such rows.; flops must be positive"):
         fit(frame.assign(flops=-1.0), tmp_path, **options)
+
+
+def test_registry_laws_are_doubted_as_the_others_are(tmp_path):
+    frame = table(sizes=8).assign(cluster=lambda f: f["level"])
+    said = words(fit(frame, tmp_path, law="overtraining", group="cluster", at=1e20, bootstrap=20))
+    for word in ("only 4 groups", "span under 1.5 decades", "long extrapolation"):
+        assert word in said, word
+    for law in ("overtraining", "chinchilla"):
+        with pytest.raises(UserError, match="seed noise: -1"):
+            fit(frame, tmp_path, law=law, seed_noise=-1.0, bootstrap=20)
 
 
 def test_at_without_power_laws_says_why_and_what_helps(tmp_path):

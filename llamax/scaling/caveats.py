@@ -119,6 +119,12 @@ def bootstrap_words(draws: int, seed: int) -> list[str]:
     return []
 
 
+def check_noise(noise: Any) -> None:
+    """Raises UserError unless a seed noise is None, `replicates`, or a positive number of log loss."""
+    if isinstance(noise, (int, float)) and not 0 < noise < float("inf"):
+        raise UserError(f"seed noise: {noise}; give its size in log loss, such as 0.005, or replicates")
+
+
 def seed_scatter(runs: pd.DataFrame) -> tuple[float, int]:
     """Noise between seeds: root mean square deviation of log loss inside cells of equal `n` and `d`, and its freedom.
 

@@ -16,7 +16,14 @@ from llamax.scaling.approach2 import Approach2Fit, budget_name, by_budget, fit_a
 from llamax.scaling.approach3 import N_COUPLED, ParametricFit, fit_approach3, fit_coupled
 from llamax.scaling.bands import approach2_bands, compute_grid, parametric_bands
 from llamax.scaling.bootstrap import Approach2Draws, ParametricDraws, bootstrap_approach2, bootstrap_parametric
-from llamax.scaling.caveats import bootstrap_words, group_words, seed_scatter, span_words, undertrained_words
+from llamax.scaling.caveats import (
+    bootstrap_words,
+    check_noise,
+    group_words,
+    seed_scatter,
+    span_words,
+    undertrained_words,
+)
 from llamax.scaling.laws import Cost, Scalar, fit_cost
 from llamax.scaling.table import clean
 
@@ -165,8 +172,7 @@ def fit_frame(
     if not 0 < level < 1:
         raise UserError(f"level: {level}; give a probability between 0 and 1, such as 0.95")
     few = bootstrap_words(bootstrap, seed)
-    if isinstance(seed_noise, float) and not (math.isfinite(seed_noise) and seed_noise > 0):
-        raise UserError(f"seed noise: {seed_noise}; give its size in log loss, such as 0.005, or replicates")
+    check_noise(seed_noise)
     runs, words = clean(frame, n=n, d=d, loss=loss, flops=flops, budget=budget, run=run)
     try:
         cost, misfit = fit_cost(*(runs[c].to_numpy(float) for c in ("n", "d", "flops")))
