@@ -381,7 +381,7 @@ def _fit_registered(
         result |= {"n_opt": n, "d_opt": d, "tokens_per_param": d / n, "loss": float(best.loss), "fixed": fixed}
         shown = ", ".join(f"{name} {value:.4g}" for name, value in fixed.items())
         words += distance_words(table, options.at) if measured else []
-        rule = f"at: {cost.coefficient:.4g}·n^{cost.n_exponent:.4g}·d FLOPs"
+        rule = f"at: the best of {cost.rule} = {options.at:.4g} FLOPs"
         words.append(f"{rule}, the other inputs at their medians ({shown})" if shown else rule)
         if options.bootstrap:
             many = allocate(spec, draws.params, options.at, cost=cost, fixed=fixed)
