@@ -216,7 +216,11 @@ def test_tables_fit_100_columns(tmp_path: Path) -> None:
     for item in fit_tables(result):
         console.print(item)
     text = console.export_text()
-    for title in ("Approach 2: N* = n_coefficient C^n_exponent, and D*", "L = E + (A/N^alpha + B/D^beta)^gamma", "6·N·D ="):
+    for title in (
+        "Approach 2: N* = n_coefficient C^n_exponent, and D*",
+        "L = E + (A/N^alpha + B/D^beta)^gamma",
+        "6·N·D =",
+    ):
         assert title in text, title  # in one line
     assert max(map(len, text.splitlines())) <= 100
     text = " ".join(text.split())
