@@ -19,7 +19,7 @@ UNIT_GAP, HIGHEST_LOSS, LOWEST_LOSS = 1e6, 15.0, 0.05
 SMALLEST = 1000  # parameters or tokens of the least run that anybody trains
 RISING = 0.3
 ALL_EQUAL = 1e-6  # losses that agree this well are copies of one number
-SAME_RUN = 2e-5  # log losses this close at one n and d: seeds differ by far more, copies with fewer digits by less
+SAME_RUN = 3e-6  # log losses this close at one n and d: copies with fewer digits; seeds differ by thousands of it
 THOUSANDS = r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d*)?"
 NOT_NATS = {"bit", "bits", "bpb", "bpc", "perplexity", "ppl", "acc", "accuracy"}  # words in the name of a column
 
@@ -161,8 +161,8 @@ def loss_words(table: pd.DataFrame, name: str) -> list[str]:
     close = cells.sort_values("loss").groupby(["n", "d"])["loss"].diff() < SAME_RUN
     if close.any():
         words.append(
-            f"duplicated runs? {int(close.sum())} rows have the n and d of another and almost its loss: copies with "
-            "other digits count twice, so drop them"
+            f"duplicated runs? {int(close.sum())} rows have the n and d of another and almost its loss: a copy "
+            "with other digits counts twice, so drop it"
         )
     if NOT_NATS & set(re.split(r"[^a-z]+", name.lower())):
         words.append(
