@@ -159,7 +159,7 @@ def loss_words(table: pd.DataFrame, name: str) -> list[str]:
     words = []
     cells = pd.DataFrame({c: np.log(table[c].to_numpy(float)) for c in ("n", "d", "loss")}).round({"n": 6, "d": 6})
     close = cells.sort_values("loss").groupby(["n", "d"])["loss"].diff() < SAME_RUN
-    if close.any():
+    if close.mean() > 0.01:  # one in a large table of seeds is chance
         words.append(
             f"duplicated runs? {int(close.sum())} rows have the n and d of another and almost its loss: a copy "
             "with other digits counts twice, so drop it"
