@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LEDGER_COLUMNS = {"n": "n", "d": "tokens", "loss": "eval_loss", "flops": "flops_6n", "budget": "budget"}
-# Where no column is named, the first of these that the table has.
+# Where no column is named, the first of these that the table has, with anything in it.
 USUAL = {
     "n": ("n", "params", "N"),
     "d": ("tokens", "d", "D"),
@@ -48,6 +48,15 @@ def finished_runs(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     return usable_runs(frame)
 
 
+def runs_to_fit(path: Path, table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The finished runs of a table that `read_runs` read from `path`, and in words what was taken for granted and left
+    out. Raises UserError where none is finished."""
+    frame, words = finished_runs(table)
+    if frame.empty:
+        raise UserError(f"{path}: no run is finished; {words[-1] if words else 'it holds no run yet'}")
+    return frame, [*table.attrs.get("warnings", []), *words]
+
+
 def find_columns(
     frame: pd.DataFrame,
     asked: Mapping[str, str | None],
@@ -73,7 +82,8 @@ def find_columns(
     if wrong := [f"{name!r} (for {role})" for role, name in asked.items() if name and name not in frame]:
         raise UserError(f"column {', '.join(wrong)}: not in the table; it has {names}")
     return {
-        role: asked.get(role) or next((name for name in usual if name in frame), None) for role, usual in USUAL.items()
+        role: asked.get(role) or next((name for name in usual if name in frame and frame[name].notna().any()), None)
+        for role, usual in USUAL.items()
     }
 
 

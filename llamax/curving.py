@@ -69,9 +69,8 @@ def examine(
         common = {"at": float(shared.index[-1]), "losses": {k: float(v) for k, v in shared.iloc[-1].items()}}
     collapse = None
     if floor is not None:
-        shapes = zip(table["n"], table["tokens"], strict=True)  # equal N and D: runs that differ by the seed
-        groups = dict(zip(table["run"], shapes, strict=True))
-        collapse = collapse_curves(rows, floor=floor, groups=groups, on=on).as_dict()
+        whole = rows[rows["run"].isin(table["run"][table["status"] == "done"])]  # of others the last row is no end
+        collapse = collapse_curves(whole, floor=floor, groups=_alike(table), on=on).as_dict()
     losses = {str(run): [_finite(loss) for loss in line] for run, line in aligned.items()}
     return {
         "on": on,
@@ -105,6 +104,12 @@ def read_runs(paths: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
         tables.append(runs.assign(run=runs["run"].map(named)))
         parts.append(rows.assign(run=rows["run"].map(named)))
     return pd.concat(tables, ignore_index=True), pd.concat(parts, ignore_index=True)
+
+
+def _alike(table: pd.DataFrame) -> dict[str, str]:
+    """Of each run what it shares with those that differ from it by the seed alone: its config, N and tokens."""
+    config = [c for c in table if "." in str(c) and not str(c).startswith("tag.") and c != "train.seed"]
+    return dict(zip(table["run"], map(str, table[["n", "tokens", *config]].to_numpy().tolist()), strict=True))
 
 
 def _entry(record: dict[Any, Any], rows: pd.DataFrame, threshold: float) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def _valleys(two: dict[str, Any]) -> Any:
 def _parameters(title: str, record: dict[str, Any], names: tuple[str, ...]) -> Any:
     from rich.table import Table
 
-    table = Table("parameter", "value", "95 % interval", title=title)
+    table = Table("parameter", "value", "95 % interval", title=title, min_width=min(len(title), 100))
     values = {**record, **(record.get("params") or {})}
     for name in names:
         table.add_row(name, _number(values[name]), _pair((record.get("intervals") or {}).get(name)))

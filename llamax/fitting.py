@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from llamax.columns import find_columns, finished_runs, need_columns, read_runs
+from llamax.columns import find_columns, need_columns, read_runs, runs_to_fit
 from llamax.console import AtHand, Json, print_json, show
 from llamax.errors import UserError
 
@@ -151,18 +151,17 @@ def fit_data(path: Path, options: FitOptions) -> dict[str, Any]:
         UserError: no such table, or a table that cannot be fitted.
     """
     from llamax.scaling.caveats import bootstrap_words, checkpoint_words, run_words
+    from llamax.scaling.laws import check_flops
 
-    table = read_runs(path)
-    frame, words = finished_runs(table)
-    words = [*table.attrs.get("warnings", []), *words]
-    if frame.empty:
-        raise UserError(f"{path}: no run is finished; {words[-1]}")
+    frame, words = runs_to_fit(path, read_runs(path))
     asked = {**options.columns, "run": options.group}
     columns = find_columns(frame, asked, count=options.count, flop_count=options.flop_count)
     words += checkpoint_words(frame, columns)
     words += run_words(frame, options.extra.get("epochs"))
     words += bootstrap_words(options.bootstrap, options.seed)
-    if options.at is None and (options.inference_tokens is not None or options.unique_tokens is not None):
+    if options.at is not None:
+        check_flops(options.at)
+    elif options.inference_tokens is not None or options.unique_tokens is not None:
         raise UserError("inference_tokens, unique_tokens: give the training FLOPs to answer at, --at")
     if 1 in options.approaches:
         return _fit_envelope(frame, columns, options, words)
@@ -314,6 +313,7 @@ def _fit_envelope(
 ) -> dict[str, Any]:
     """Approach 1, of a table with one row a point of a training curve; the group column names the run."""
     from llamax.scaling import fit_approach1
+    from llamax.scaling.caveats import distance_words
     from llamax.scaling.table import clean
 
     if options.approaches != (1,) or options.group is None:
@@ -327,6 +327,7 @@ def _fit_envelope(
         if found.n is None or found.d is None:
             raise UserError("at: the envelope has no power laws to answer (see the warnings without --at)")
         n, d = float(found.n.at(options.at)), float(found.d.at(options.at))
+        more += distance_words(runs, options.at)
         result |= {"n_opt": n, "d_opt": d, "tokens_per_param": d / n, "loss": None}
     words = [*words, *more, *record["warnings"], "approach 1 has no intervals: the points of one curve are not runs"]
     return result | {"warnings": list(dict.fromkeys(words))}
@@ -339,6 +340,7 @@ def _fit_registered(
     import numpy as np
 
     from llamax.scaling.bootstrap import as_list, interval
+    from llamax.scaling.caveats import check_noise, distance_words, group_words, span_words
     from llamax.scaling.lawfit import bootstrap_law, fit_law, law_table
     from llamax.scaling.registry import law
 
@@ -349,7 +351,9 @@ def _fit_registered(
     fit = fit_law(spec, table, method=options.method, delta=options.delta, log=options.log)
     record = fit.as_dict()
     result = record | {"approaches": [3], "intervals": {}, "standard_errors": {}, "seed": options.seed, "level": 0.95}
-    words = [*words, *more, *fit.warnings]
+    measured = "flops" in table
+    words = [*words, *more, *group_words(table), *(span_words(table) if measured else []), *fit.warnings]
+    check_noise(options.seed_noise)
     if options.bootstrap:
         rng = np.random.default_rng([options.seed, 3])
         noise = options.seed_noise
@@ -376,7 +380,8 @@ def _fit_registered(
         n, d = float(best.n), float(best.d)
         result |= {"n_opt": n, "d_opt": d, "tokens_per_param": d / n, "loss": float(best.loss), "fixed": fixed}
         shown = ", ".join(f"{name} {value:.4g}" for name, value in fixed.items())
-        rule = f"at: {cost.coefficient:.4g}·n^{cost.n_exponent:.4g}·d FLOPs"
+        words += distance_words(table, options.at) if measured else []
+        rule = f"at: the best of {cost.rule} = {options.at:.4g} FLOPs"
         words.append(f"{rule}, the other inputs at their medians ({shown})" if shown else rule)
         if options.bootstrap:
             many = allocate(spec, draws.params, options.at, cost=cost, fixed=fixed)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llamax.columns import LEDGER_COLUMNS, USUAL, find_columns, finished_runs, need_columns, read_runs
+from llamax.columns import USUAL, find_columns, finished_runs, need_columns, read_runs, runs_to_fit
 from llamax.console import AtHand, Json, print_json, show
 from llamax.errors import UserError
 
@@ -54,23 +54,34 @@ def predict(
 def register_prediction(
     data: Path, flops: float, *, n: float | None = None, columns: str = "", bootstrap: int = 300, seed: int = 0
 ) -> dict[str, Any]:
-    """Fit what is finished, predict the run at `flops`, and append the claim to the study's ledger.
+    """Fit what is finished, predict the run at `flops`, and append the claim to the study's ledger, with every doubt
+    about the table and the fits among its `warnings`.
 
     Raises:
-        UserError: a run at that compute (within 5 %) exists already, a broken chain, or data that cannot be fitted.
+        UserError: a run at that compute (within 5 %) exists already, a broken chain, data that cannot be fitted, or an
+            `n` that leaves less than one token.
     """
     from llamax.scaling import fit_frame, predict, recommend
+    from llamax.scaling.caveats import checkpoint_words, run_words
     from llamax.scaling.laws import check_flops
     from llamax.scaling.records import ledger_path, register
 
     check_flops(flops)
     frame, names = runs_of(data, columns)
+    rows, words = runs_to_fit(data, frame)
+    words += checkpoint_words(rows, names) + run_words(rows)
     approaches = (2, 3) if names["budget"] else (3,)
-    fit = fit_frame(finished_runs(frame)[0], approaches, **names, bootstrap=bootstrap, seed=seed)  # type: ignore[arg-type]
+    fit = fit_frame(rows, approaches, **names, bootstrap=bootstrap, seed=seed)  # type: ignore[arg-type]
     refuse_if_known(data, columns, flops)
     size = recommend(fit, flops).n if n is None else n
-    claim = predict(fit, flops=flops, n=size, d=float(fit.cost.tokens(flops, size)))
-    return register(ledger_path(data), claim_of(claim, fit))
+    tokens = float(fit.cost.tokens(flops, size))
+    if n is not None and n > 0 and tokens < 1:
+        raise UserError(
+            f"--params {n:g}: {flops:g} FLOPs pay for {tokens:.3g} tokens of a model that large; give fewer"
+        )
+    claim = predict(fit, flops=flops, n=size, d=tokens)
+    doubts = dict.fromkeys([*words, *fit.all_warnings(), *claim.warnings])
+    return register(ledger_path(data), claim_of(claim, fit) | {"warnings": list(doubts)})
 
 
 def claim_of(claim: Prediction, fit: ScalingFit) -> dict[str, Any]:
@@ -126,21 +137,24 @@ def runs_of(data: Path, columns: str = "") -> tuple[pd.DataFrame, dict[str, str 
         if not equals or key not in USUAL:
             raise UserError(f"--columns {part!r}: give {', '.join(f'{key}=COLUMN' for key in USUAL)}")
         asked[key] = name
-    names = find_columns(frame, LEDGER_COLUMNS if data.is_dir() else asked)
+    names = find_columns(frame, asked)
     need_columns(frame, names, "--columns {role}=COLUMN")
     return frame, names
 
 
 def measured(data: Path, columns: str = "") -> pd.DataFrame:
-    """`run`, `n`, `flops`, `loss` of the finished runs, as `scores` takes them."""
-    import pandas as pd
+    """`run`, `n`, `flops`, `loss` of the finished runs that have all of these, as `scores` takes them."""
+    from llamax.scaling.table import as_numbers
 
     frame, names = runs_of(data, columns)
     rows = finished_runs(frame)[0]
-    n, loss = rows[names["n"]], rows[names["loss"]]
-    spent = rows[names["flops"]] if names["flops"] else 6 * n * rows[names["d"]]
-    labels = rows["run"] if "run" in rows else [f"row {i}" for i in rows.index]
-    return pd.DataFrame({"run": labels, "n": n, "flops": spent, "loss": loss})
+    found = rows[["run"]].copy() if "run" in rows else rows[[]].assign(run=[f"row {i}" for i in rows.index])
+    for role in ("n", "d", "flops", "loss"):
+        if column := names[role]:
+            found[role] = as_numbers(rows[column], column)
+    if not names["flops"]:
+        found["flops"] = 6 * found["n"] * found["d"]
+    return found[["run", "n", "flops", "loss"]].dropna(subset=["n", "flops", "loss"])
 
 
 def score_all(data: Path, columns: str = "") -> list[dict[str, Any]]:

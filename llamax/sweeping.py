@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llamax.console import Json, NewAtHand, Overrides, StudyPath, emit, print_json, show
+from llamax.errors import UserError
 
 if TYPE_CHECKING:
     from llamax.sweep.packing import Pack
@@ -38,12 +39,14 @@ def sweep_plan(
     from llamax.sweep.study import open_study
     from llamax.sweep.tables import plan_tables
 
+    if workers < 1:
+        raise UserError(f"--workers {workers}: give 1 or more")
     how = parse_pack(pack)
     plan = planned(sweep, overrides, corpus_tokens)
     if out is not None:
         open_study(out, plan)
-    each = max(1, len(cores()) // max(1, workers))
-    packed = groups(plan.cells, how, workers=max(1, workers), cores=each)
+    each = max(1, len(cores()) // workers)
+    packed = groups(plan.cells, how, workers=workers, cores=each)
     if as_json:
         print_json(plan.as_dict() | {"populations": [group.as_dict() for group in packed]})
     else:
@@ -153,7 +156,6 @@ def sweep_next(
     """The next budget of a study, its sizes centred on what the finished runs say."""
     from llamax.columns import LEDGER_COLUMNS
     from llamax.config.load import dump_yaml
-    from llamax.errors import UserError
     from llamax.report.ledger import ledger, usable_runs
     from llamax.sweep.design import ladder_of
     from llamax.sweep.design_report import next_tables

@@ -17,11 +17,15 @@ from llamax.errors import UserError
 ROWS = 200
 
 
-def make_run(path: Path, *, spike_at: int | None = None, noise: bool = False, seed: int = 0) -> Path:
-    """A run of 200 logged rows, 1,000 tokens each, loss 2 + 3 / sqrt(row)."""
+def make_run(
+    path: Path, *, spike_at: int | None = None, noise: bool = False, seed: int = 0, lr: float = 0.01, status: str = ""
+) -> Path:
+    """A run of 200 logged rows, 1,000 tokens each, loss 2 + 3 / sqrt(row); with a `status`, one that ended so."""
     path.mkdir(parents=True)
-    train = {"batch_size": 8, "seq_len": 125, "steps": ROWS, "grad_accumulation": 4 if noise else 1}
-    (path / "config.yaml").write_text(yaml.safe_dump({"train": train}))
+    train = {"batch_size": 8, "seq_len": 125, "steps": ROWS, "grad_accumulation": 4 if noise else 1, "seed": seed}
+    (path / "config.yaml").write_text(yaml.safe_dump({"train": train, "optimizer": {"lr": lr}}))
+    if status:
+        (path / "result.json").write_text(json.dumps({"status": status, "n": 1000, "tokens": 1000 * ROWS}))
     rng = np.random.default_rng(seed)
     rows = []
     for i in range(1, ROWS + 1):
@@ -53,7 +57,7 @@ def test_one_name_twice_is_told_apart(tmp_path: Path) -> None:
 
 
 def test_the_command_prints_draws_and_refuses(tmp_path: Path) -> None:
-    run, out = make_run(tmp_path / "a", spike_at=150), tmp_path / "figure.png"
+    run, out = make_run(tmp_path / "a", spike_at=150, status="done"), tmp_path / "figure.png"
     done = CliRunner().invoke(app, ["curves", str(run), "--smooth", "5", "--on", "flops", "--out", str(out), "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["smooth"] == 5
@@ -68,6 +72,18 @@ def test_the_command_prints_draws_and_refuses(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             CliRunner().invoke(app, ["curves", str(run), *options], catch_exceptions=False)
+
+
+def test_a_collapse_is_of_finished_runs_and_its_noise_of_seeds(tmp_path: Path) -> None:
+    """Runs of two learning rates are no seeds of one; the last row of a run that diverged is not its end."""
+    runs = [make_run(tmp_path / "a", status="done"), make_run(tmp_path / "b", seed=1, lr=0.1, status="done")]
+    runs.append(make_run(tmp_path / "c", seed=2, status="diverged"))
+    found = examine(runs, on="tokens", floor=1.0)["collapse"]
+    assert (found["runs"], found["ratio"]) == (2, None)
+    runs.append(make_run(tmp_path / "d", seed=3, status="done"))
+    found = examine(runs, on="tokens", floor=1.0)["collapse"]
+    assert found["runs"] == 3
+    assert found["ratio"] > 0
 
 
 def test_a_run_without_its_config_has_curves_all_the_same(tmp_path: Path) -> None:

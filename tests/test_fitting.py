@@ -169,6 +169,9 @@ def test_what_is_doubtful_is_said(tmp_path: Path) -> None:
         (lambda f: f, {"at": -1e20}, "flops: -1e"),
         (lambda f: f, {"columns": {**COLUMNS, "n": "size"}}, "'size' \\(for n\\)"),
         (lambda f: f, {"group": "cluster"}, "'cluster' \\(for run\\)"),
+        (lambda f: f.assign(level=-f["level"]), {}, "'level': -.*must be positive"),
+        (lambda f: f.assign(one="a"), {"group": "one", "bootstrap": 20}, "all rows are of one run"),
+        (lambda f: f, {"method": "l2", "law": "overtraining"}, "or vp"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(tmp_path: Path, change: Any, options: Any, message: str) -> None:
@@ -184,6 +187,12 @@ def test_tables_fit_100_columns(tmp_path: Path) -> None:
     for item in fit_tables(result):
         console.print(item)
     text = console.export_text()
+    for title in (
+        "Approach 2: N* = n_coefficient C^n_exponent, and D*",
+        "L = E + (A/N^alpha + B/D^beta)^gamma",
+        "6·N·D =",
+    ):
+        assert title in text, title  # in one line
     assert max(map(len, text.splitlines())) <= 100
     text = " ".join(text.split())
     for said in (

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from llamax.errors import UserError
 from llamax.scaling.approach2 import Frontier, PowerLaw, budget_name, by_budget, fit_power_law
 from llamax.scaling.approach3 import ParametricFit, refit
 from llamax.scaling.centred import COUPLED_EXPONENT_RANGE, EXPONENT_RANGE, GAMMA_RANGE
@@ -131,7 +132,11 @@ def resample_counts(frame: pd.DataFrame, draws: int, rng: np.random.Generator) -
     """How often each row is in each resample, `[draws, rows]` (floats, so that they are run weights).
 
     Stratified by `budget` when the frame has that column; clustered by `run` when it has that one. A run whose rows lie
-    in several budgets cannot be stratified: then runs are drawn from all of them.
+    in several budgets cannot be stratified: then runs are drawn from all of them. Runs that are alone in their budgets
+    are drawn from among each other: drawn from itself a run never varies, and intervals would have no width.
+
+    Raises:
+        UserError: one run, so nothing to draw from.
     """
     rows = len(frame)
     cluster = pd.factorize(frame["run"])[0] if "run" in frame else np.arange(rows)
@@ -139,6 +144,13 @@ def resample_counts(frame: pd.DataFrame, draws: int, rng: np.random.Generator) -
     table = pd.DataFrame({"cluster": cluster, "stratum": stratum}).drop_duplicates()
     if table["cluster"].duplicated().any():
         table = table.drop_duplicates("cluster").assign(stratum=0)
+    if len(table) == 1:
+        raise UserError(
+            "bootstrap: all rows are of one run, so nothing can be drawn; name a column of several runs as the group, "
+            "give the seed noise, or ask for no intervals (bootstrap 0)"
+        )
+    alone = table.groupby("stratum")["cluster"].transform("size") == 1
+    table.loc[alone, "stratum"] = -1
     counts = np.zeros((draws, int(np.max(cluster)) + 1))
     for _, members in table.groupby("stratum"):
         names = members["cluster"].to_numpy()

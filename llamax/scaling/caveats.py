@@ -80,7 +80,9 @@ def group_words(runs: pd.DataFrame) -> list[str]:
     """A warning where a cluster bootstrap has few clusters to draw from."""
     if "run" not in runs or (groups := runs["run"].nunique()) >= FEW_GROUPS:
         return []
-    return [f"only {groups} groups: intervals from resampling so few are rough and usually too narrow"]
+    return [
+        f"only {groups} group{'s' * (groups != 1)}: intervals from resampling so few are rough and usually too narrow"
+    ]
 
 
 def distance_words(runs: pd.DataFrame, flops: Any) -> list[str]:
@@ -115,6 +117,12 @@ def bootstrap_words(draws: int, seed: int) -> list[str]:
             f"bootstrap: {draws} resamples are too few for an interval; give at least {FEWEST_DRAWS}, better hundreds"
         ]
     return []
+
+
+def check_noise(noise: Any) -> None:
+    """Raises UserError unless a seed noise is None, `replicates`, or a positive number of log loss."""
+    if isinstance(noise, (int, float)) and not 0 < noise < float("inf"):
+        raise UserError(f"seed noise: {noise}; give its size in log loss, such as 0.005, or replicates")
 
 
 def seed_scatter(runs: pd.DataFrame) -> tuple[float, int]:

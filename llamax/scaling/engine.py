@@ -48,7 +48,7 @@ class Objective:
 
     def __post_init__(self) -> None:
         if self.method not in ("huber", "lad", "mse"):
-            raise UserError(f"method: {self.method!r}; choose huber, lad or mse")
+            raise UserError(f"method: {self.method!r}; choose huber, lad or mse, or vp (variable projection)")
         if not (math.isfinite(self.delta) and self.delta > 0):
             raise UserError(f"delta: {self.delta}; give a positive number, such as 0.001")
 

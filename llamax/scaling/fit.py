@@ -12,11 +12,18 @@ import numpy as np
 import pandas as pd
 
 from llamax.errors import UserError
-from llamax.scaling.approach2 import Approach2Fit, by_budget, fit_approach2
+from llamax.scaling.approach2 import Approach2Fit, budget_name, by_budget, fit_approach2
 from llamax.scaling.approach3 import N_COUPLED, ParametricFit, fit_approach3, fit_coupled
 from llamax.scaling.bands import approach2_bands, compute_grid, parametric_bands
 from llamax.scaling.bootstrap import Approach2Draws, ParametricDraws, bootstrap_approach2, bootstrap_parametric
-from llamax.scaling.caveats import group_words, seed_scatter, span_words, undertrained_words
+from llamax.scaling.caveats import (
+    bootstrap_words,
+    check_noise,
+    group_words,
+    seed_scatter,
+    span_words,
+    undertrained_words,
+)
 from llamax.scaling.laws import Cost, Scalar, fit_cost
 from llamax.scaling.table import clean
 
@@ -164,10 +171,8 @@ def fit_frame(
         raise UserError(f"approaches: {list(approaches)}; choose from 2 and 3")
     if not 0 < level < 1:
         raise UserError(f"level: {level}; give a probability between 0 and 1, such as 0.95")
-    if bootstrap < 0:
-        raise UserError(f"bootstrap: {bootstrap}; give the number of resamples, 0 for no intervals")
-    if isinstance(seed_noise, float) and not (math.isfinite(seed_noise) and seed_noise > 0):
-        raise UserError(f"seed noise: {seed_noise}; give its size in log loss, such as 0.005, or replicates")
+    few = bootstrap_words(bootstrap, seed)
+    check_noise(seed_noise)
     runs, words = clean(frame, n=n, d=d, loss=loss, flops=flops, budget=budget, run=run)
     try:
         cost, misfit = fit_cost(*(runs[c].to_numpy(float) for c in ("n", "d", "flops")))
@@ -178,7 +183,7 @@ def fit_frame(
             f"FLOPs per token follow {cost.coefficient:.3g}·n^{cost.n_exponent:.3g} only to {100 * misfit:.0f} %: "
             "optimal allocations are that uncertain"
         )
-    words += group_words(runs)
+    words += few + group_words(runs)
     noise = seed_scatter(runs)[0] if seed_noise == "replicates" else seed_noise
     two = two_draws = additive = coupled = None
     if 2 in approaches:
@@ -217,7 +222,7 @@ def _no_budgets(runs: pd.DataFrame) -> str | None:
     if "budget" not in runs:
         return "no column named; approach 2 groups runs by their compute budget"
     if runs["budget"].nunique() == 1:
-        return f"one budget ({runs['budget'].iloc[0]}); an exponent needs two at least, and three to be checked"
+        return f"one {budget_name(runs['budget'].iloc[0])}; an exponent needs two at least, and three to be checked"
     return None
 
 

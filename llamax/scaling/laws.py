@@ -109,6 +109,12 @@ class Cost:
         """Tokens that `flops` buys for a model of `n` parameters."""
         return flops / (self.coefficient * n ** (1.0 * self.n_exponent))
 
+    @property
+    def rule(self) -> str:
+        """Its formula: 6·N·D, or 14·N^0.93·D."""
+        power = "" if f"{self.n_exponent:.4g}" == "1" else f"^{self.n_exponent:.4g}"
+        return f"{self.coefficient:.4g}·N{power}·D"
+
 
 @dataclass(frozen=True)
 class Allocation:

@@ -12,7 +12,7 @@ import numpy as np
 from llamax.errors import UserError
 from llamax.scaling.approach3 import residual_scale
 from llamax.scaling.bootstrap import Interval, as_list, interval, loss_draws, mixture_interval
-from llamax.scaling.caveats import distance_words
+from llamax.scaling.caveats import FEWEST_DRAWS, distance_words
 from llamax.scaling.fit import Parametric, ScalingFit
 from llamax.scaling.laws import Scalar, check_flops, optimal_allocation, plain
 
@@ -219,7 +219,7 @@ def _intervals(fit: ScalingFit, n: Scalar, d: Scalar) -> tuple[Interval | None, 
     pairs, weights = [], []
     for name, weight in fit.weights().items():
         part = fit.laws[name]
-        if part.draws is None:
+        if part.draws is None or part.draws.draws < FEWEST_DRAWS:  # the scatter of single runs would hide how few
             return None, None
         pairs.append(loss_draws(part.fit, part.draws, n, d, rng, inflate=_inflation(part)))
         weights.append(weight)

@@ -66,7 +66,8 @@ def _read_text(path: Path, separators: str) -> tuple[pd.DataFrame, list[str]]:
             frame = pd.read_csv(path, sep=mark, index_col=False, encoding="utf-8-sig")
     except pd.errors.ParserWarning:
         raise UserError(
-            f"{path}: rows have more fields than the header has names ({len(names)}); name every column"
+            f"{path}: rows have more fields than the header has names ({len(names)}: {', '.join(names[:6])}); the "
+            "first line must name every column"
         ) from None
     if mark == ",":
         return frame, words

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from llamax.errors import UserError
 from llamax.scaling.laws import Scalar
 from llamax.scaling.prediction import score
+from llamax.scaling.reading import KINDS
 from llamax.storage.copies import at_hand, publish
 from llamax.train.files import write_atomic, writing
 
@@ -37,7 +38,7 @@ Record = dict[str, Any]
 def ledger_path(data: str | Path) -> Path:
     """Where predictions about `data` live: in a study's folder, or beside a table of runs under its name."""
     data = at_hand(data)
-    return data.with_name(f"{data.stem}.{NAME}") if data.suffix in (".csv", ".tsv", ".parquet") else data / NAME
+    return data.with_name(f"{data.stem}.{NAME}") if data.suffix.lower() in KINDS else data / NAME
 
 
 def digest(content: Mapping[str, Any]) -> str:

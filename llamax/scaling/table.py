@@ -8,16 +8,18 @@ from itertools import combinations
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 
 from llamax.errors import UserError
 
 FLOPS_PER_ND = (0.5, 500.0)  # training FLOPs over n·d: about 6 in most conventions; far outside, the units disagree
 
 TOKENS_PER_PARAM = (1e-3, 1e6)  # far outside any run that was made
-UNIT_GAP, HIGHEST_LOSS = 1e6, 15.0
+UNIT_GAP, HIGHEST_LOSS, LOWEST_LOSS = 1e6, 15.0, 0.05
 SMALLEST = 1000  # parameters or tokens of the least run that anybody trains
 RISING = 0.3
 ALL_EQUAL = 1e-6  # losses that agree this well are copies of one number
+SAME_RUN = 3e-6  # log losses this close at one n and d: copies with fewer digits; seeds differ by thousands of it
 THOUSANDS = r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d*)?"
 NOT_NATS = {"bit", "bits", "bpb", "bpc", "perplexity", "ppl", "acc", "accuracy"}  # words in the name of a column
 
@@ -53,7 +55,8 @@ def clean(
     for name in numbers:
         table[name] = as_numbers(table[name], str(named[name]))
     table, words = drop_rows(table, numbers)
-    check_positive(table, {name: str(named[name]) for name in numbers})
+    amounts = [*numbers, "budget"] if "budget" in table and is_numeric_dtype(table["budget"]) else numbers
+    check_positive(table, {name: str(named[name]) for name in amounts})
     words += derive(table)
     if len(table) > 1 and np.ptp(table["loss"]) <= ALL_EQUAL * table["loss"].max():
         raise UserError(f"column {loss!r}: all losses equal ({table['loss'].iloc[0]:.6g}); nothing to fit")
@@ -146,12 +149,21 @@ def unit_words(table: pd.DataFrame) -> list[str]:
             words.append(f"{name} jumps by more than {UNIT_GAP:g} between two runs: check that all are in one unit")
     if table["loss"].max() > HIGHEST_LOSS:
         words.append(f"loss goes up to {table['loss'].max():.3g}: nats per token seldom pass 12; is it a perplexity?")
+    if (low := float(table["loss"].min())) < LOWEST_LOSS:
+        words.append(f"loss goes down to {low:.3g}: no model of text is that good; check the units (nats per token)")
     return words
 
 
 def loss_words(table: pd.DataFrame, name: str) -> list[str]:
-    """Doubts about the column of losses, called `name` in the user's table: its unit, and whether it is a loss."""
+    """Doubts about the column of losses, called `name` in the user's table: its unit, whether it is a loss, copies."""
     words = []
+    cells = pd.DataFrame({c: np.log(table[c].to_numpy(float)) for c in ("n", "d", "loss")}).round({"n": 6, "d": 6})
+    close = cells.sort_values("loss").groupby(["n", "d"])["loss"].diff() < SAME_RUN
+    if close.mean() > 0.01:  # one in a large table of seeds is chance
+        words.append(
+            f"duplicated runs? {int(close.sum())} rows have the n and d of another and almost its loss: a copy "
+            "with other digits counts twice, so drop it"
+        )
     if NOT_NATS & set(re.split(r"[^a-z]+", name.lower())):
         words.append(
             f"column {name!r}: its name is not that of nats per token; the law, E and predictions are in its own unit"

@@ -62,10 +62,7 @@ def target_parametric(
     Raises UserError when `flops` is not a positive number.
     """
     best = optimal_allocation(fit.law, flops, cost)
-    rule = (
-        f"{fit.law.label}: minimum of the fitted law where {cost.coefficient:.4g}·N^{cost.n_exponent:.4g}·D = "
-        f"{flops:.4g} FLOPs"
-    )
+    rule = f"{fit.law.label}: minimum of the fitted law where {cost.rule} = {flops:.4g} FLOPs"
     values = {"n_opt": best.n, "d_opt": best.d, "loss": best.loss}
     n, d, loss = (float(values[name]) for name in ("n_opt", "d_opt", "loss"))
     if draws is None or not draws.draws:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from llamax.scaling.laws import Law
 
 FINALISTS = 3  # designs that are simulated
+SECTIONS = {"chinchilla": "approach3", "coupled": "coupled"}  # of the laws in the output of `llamax fit --json`
 FAILED = 0.05  # a design in which an approach fails more often than this is not chosen
 OnProgress = Callable[[str, int, int], None]
 
@@ -101,7 +102,9 @@ class Judged:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
-        own: dict[str, Any] = self.candidate.as_dict() | {"error": self.error, "simulated_error": self.simulated_error}
+        from llamax.scaling.laws import plain
+
+        own = self.candidate.as_dict() | {"error": self.error, "simulated_error": plain(self.simulated_error)}
         for name, errors in (("expected", self.errors), ("simulated", self.simulated)):
             own[name] = errors and {f"approach{k}": e.as_dict() for k, e in errors.items()}
         return own
@@ -129,9 +132,15 @@ def resolve_design(spec: SweepConfig, progress: OnProgress | None = None) -> tup
     if not judged:
         raise UserError(
             f"{where}: no design of {share:.3g} FLOPs fits the sizes {ladder.names[0]} to {ladder.names[-1]} and "
-            f"{design.min_steps} steps a run; raise total_flops, lower min_steps, or widen sizes, budgets or width"
+            f"{design.min_steps} steps a run; {_what_helps(law, ladder, share)}"
         )
     best = judged[0]
+    if not math.isfinite(best.simulated_error or 0.0):
+        raise UserError(
+            f"{where}: simulated with seed noise {design.seed_noise:g}, studies of the best designs mostly have no "
+            f"answer by approach {' and '.join(map(str, design.approaches))}: the noise hides the valleys of this "
+            "prior; check its units and seed_noise, or raise total_flops"
+        )
     chosen: list[Axis] = [Isoflop(kind="isoflop", budgets=best.candidate.budgets, sizes=best.candidate.sizes)]
     if best.candidate.replicates > 1:
         chosen.append(Seeds(kind="seeds", count=best.candidate.replicates))
@@ -142,8 +151,17 @@ def resolve_design(spec: SweepConfig, progress: OnProgress | None = None) -> tup
     return spec.model_copy(update=update), report(design, law, share, judged, considered)
 
 
+def _what_helps(law: Law, ladder: Ladder, total: float) -> str:
+    from llamax.scaling.laws import optimal_allocation
+
+    best = float(optimal_allocation(law, total).n)
+    if best > ladder.n[-1]:
+        return f"the prior's best size for all of it in one run has N = {best:.3g}: lower total_flops, or add sizes"
+    return "raise total_flops, lower min_steps, or widen sizes, budgets or width"
+
+
 def prior_law(prior: Prior | str, where: str) -> Law:
-    """The law of a prior: its parameters, or those that the named fit predicts with."""
+    """The law of a prior: its parameters, or those of the law that the named fit predicts with."""
     from llamax.scaling.laws import ChinchillaLaw, CoupledLaw
 
     if isinstance(prior, Prior):
@@ -153,7 +171,7 @@ def prior_law(prior: Prior | str, where: str) -> Law:
     try:
         data = json.loads(Path(prior).expanduser().read_text(encoding="utf-8"))
         data = data.get("fit", data)
-        part = data.get(data.get("law") or "", data)
+        part = data.get(SECTIONS.get(data.get("law_that_predicts"), data.get("law") or ""), data)
         params = {k: float(v) for k, v in part["params"].items()}
         if not all(0 < v < math.inf for v in params.values()):
             raise UserError(

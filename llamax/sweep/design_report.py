@@ -82,7 +82,7 @@ def design_tables(found: Mapping[str, Any]) -> list[RenderableType]:
         style = "bold" if first else None
         shown.add_row(*_about(row), *_errors(row["expected"], names), _percent(row["error"]), style=style)
         if row["simulated"]:
-            cells = (*_errors(row["simulated"], names), _percent(row["simulated_error"]))
+            cells = (*_errors(row["simulated"], names), _percent(row["simulated_error"]) or "none")
             shown.add_row("simulated", "", "", "", *cells, style=style)
     lines = [Text("Rules of the design", style="bold"), *(Text(f"  {rule}") for rule in found["rules"].values())]
     return [shown, Text(_verdict(found)), *lines]

@@ -142,8 +142,10 @@ def make_plan(
         progress: told (what, done, of how many) while a design is chosen.
 
     Raises:
-        UserError: an invalid cell (named), or axes and rules that set one field twice.
+        UserError: an invalid cell (named), axes and rules that set one field twice, or a corpus of no tokens.
     """
+    if corpus_tokens is not None and corpus_tokens < 1:
+        raise UserError(f"corpus tokens: {corpus_tokens}; give the number of training tokens")
     speed, design = throughput or guess(), None
     if any(isinstance(axis, Design) for axis in spec.axes):
         from llamax.sweep.design import resolve_design

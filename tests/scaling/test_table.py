@@ -28,7 +28,7 @@ def test_reads_csv_tsv_and_parquet(tmp_path):
         ("a.csv", b"", "not a readable table"),
         ("a.csv", b"n,d,loss\n", "no rows"),
         ("a.csv", b"n,d, n\n1,2,3\n", "'n' is there twice"),
-        ("a.csv", b"n,d,loss\n0,1,2,3\n", "more fields than the header"),
+        ("a.csv", b"n,d,loss\n0,1,2,3\n", r"more fields than the header has names .3: n, d, loss.; the first line"),
         ("a.csv", "n,d\n1,2\n".encode("utf-16"), "not UTF-8"),
         ("a.csv", b"n,d\n\xff\xfe,1\n", "not a readable table"),
         ("a.csv", b'n,d\n1,2\n3,4,5\n"', "not a readable table"),

@@ -232,3 +232,26 @@ def test_the_shipped_design_resolves() -> None:
     assert {"designs", "simulated"} <= set(told)
     assert isinstance(resolved.axes[0], Isoflop)
     assert resolve_design(resolved) == (resolved, None)
+
+
+def test_a_design_that_noise_hides_is_refused() -> None:
+    """In simulation approach 2 finds no valley, so the error that decides is infinite, and no number for a plan."""
+    one = {"budgets": [3], "decades": [1.0], "sizes_per_budget": [5], "width": [4.0], "replicates": [1], "draws": 20}
+    spec = spec_of(approaches=[2], prior={**TINY.as_dict(), "E": 1e9}, **one)
+    with pytest.raises(UserError, match="the noise hides the valleys of this prior"):
+        resolve_design(spec)
+
+
+def test_a_total_beyond_the_largest_size_is_to_be_lowered() -> None:
+    with pytest.raises(UserError, match=r"N = .*: lower total_flops, or add sizes"):
+        resolve_design(spec_of(total_flops=1e30))
+
+
+def test_the_prior_of_a_fit_is_the_law_that_predicts(tmp_path: Path) -> None:
+    """As `llamax fit --json` prints it: params are those of --law, and another law may predict."""
+    bent = {"params": {**TINY.as_dict(), "gamma": 0.5}}
+    record = {"law": "chinchilla", "params": TINY.as_dict(), "approach3": {"params": TINY.as_dict()}, "coupled": bent}
+    path = tmp_path / "fit.json"
+    for name, wanted in (("coupled", CoupledLaw(**bent["params"])), ("chinchilla", TINY)):
+        path.write_text(json.dumps(record | {"law_that_predicts": name}))
+        assert prior_law(str(path), "x") == wanted

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from llamax.accounting import count_params, memory_bytes, training_flops_per_token
+from llamax.cli import app
 from llamax.config.load import load_model, load_run, validate
 from llamax.config.sweep import SweepConfig, load_sweep
 from llamax.errors import UserError
@@ -47,6 +49,17 @@ def test_numbers_of_a_cell_are_accountings() -> None:
         assert cell.tags["seed"] == cell.config.train.seed == 5
         assert cell.config.model.max_seq_len == 128, "the base's own model fields survive the size axis"
         assert cell.run_name == f"{cell.name}-{cell.config.hash8}"
+
+
+@pytest.mark.parametrize("tokens", [0, -5])
+def test_a_corpus_of_no_tokens_is_refused(tokens: int) -> None:
+    with pytest.raises(UserError, match=f"corpus tokens: {tokens}; give the number"):
+        plan(ISO, corpus_tokens=tokens)
+
+
+def test_workers_that_are_none_are_refused() -> None:
+    done = CliRunner().invoke(app, ["sweep", "plan", "quickstart-fast", "--workers", "-3"])
+    assert "--workers -3: give 1 or more" in str(done.exception)
 
 
 def test_overrides_of_a_cell_rebuild_it(tmp_path: Path) -> None:
