@@ -39,8 +39,7 @@ def sweep_plan(
     from llamax.sweep.study import open_study
     from llamax.sweep.tables import plan_tables
 
-    if workers < 1:
-        raise UserError(f"--workers {workers}: give 1 or more")
+    check_workers(workers)
     how = parse_pack(pack)
     plan = planned(sweep, overrides, corpus_tokens)
     if out is not None:
@@ -81,7 +80,14 @@ def sweep_run(
     from llamax.sweep.packing import parse_pack
 
     how = parse_pack(pack)
+    check_workers(workers)  # before there is a directory
     train_cells(opened(sweep, overrides, directory), workers, retry_failed, how, as_json)
+
+
+def check_workers(workers: int) -> None:
+    """Raises UserError for fewer than one."""
+    if workers < 1:
+        raise UserError(f"--workers {workers}: give 1 or more")
 
 
 def opened(

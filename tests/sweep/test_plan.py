@@ -57,9 +57,12 @@ def test_a_corpus_of_no_tokens_is_refused(tokens: int) -> None:
         plan(ISO, corpus_tokens=tokens)
 
 
-def test_workers_that_are_none_are_refused() -> None:
-    done = CliRunner().invoke(app, ["sweep", "plan", "quickstart-fast", "--workers", "-3"])
-    assert "--workers -3: give 1 or more" in str(done.exception)
+def test_workers_that_are_none_are_refused(tmp_path: Path) -> None:
+    """Before anything is written."""
+    for words in (["plan", "quickstart-fast"], ["run", "quickstart-fast", "--dir", str(tmp_path / "study")]):
+        done = CliRunner().invoke(app, ["sweep", *words, "--workers", "-3"])
+        assert "--workers -3: give 1 or more" in str(done.exception)
+    assert not (tmp_path / "study").exists()
 
 
 def test_overrides_of_a_cell_rebuild_it(tmp_path: Path) -> None:
