@@ -124,6 +124,14 @@ class Execution(NamedTuple):
         """The inverse of `held`."""
         return a if self.context is None else jnp.take(a, np.argsort(self.context.order(a.shape[axis])), axis=axis)
 
+    def table(self, weights: Array) -> Array:
+        """A table [rows, d_model] that tokens are looked up in. Where sequences are cut its rows are gathered whole, as
+        other weights are: looked up by parts of d_model, its gradient would need whole sequences on every device."""
+        if self.context is None:
+            return weights
+        spec = PartitionSpec(PartitionSpec.UNCONSTRAINED, None)
+        return jax.lax.with_sharding_constraint(weights, NamedSharding(self.context.mesh, spec))
+
     def whole(self, a: Array) -> Array:
         """All of [batch, seq, ...] on every device of `context`, in natural order."""
         if self.context is None:

@@ -204,7 +204,7 @@ class Transformer(nnx.Module):
         self, tokens: Int[Array, "batch seq"], execution: Execution = Execution()
     ) -> Float[Array, "batch seq d_model"]:
         """Token embeddings, scaled where the config says so, without a position."""
-        x = self.embedding[...][tokens].astype(execution.activation_dtype)
+        x = execution.table(self.embedding[...])[tokens].astype(execution.activation_dtype)
         scale = self.config.embedding.scale
         if scale == "none":
             return x
