@@ -30,7 +30,7 @@ RULES: dict[str, str] = {
     "expert": "top_k rows of d_model a token to their experts and back, the same again backward, a layer with experts "
     "(recomputed layers once more); as over data the gradients of all other weights",
     "context": "keys and values of every layer gathered forward and backward, in the narrower of the stream's type and "
-    "that of products, their gradients reduce-scattered in float32; and weights as over fsdp",
+    "that of products, their gradients reduce-scattered in float32; and weights as over fsdp, the table of tokens too",
     "tensor": "the stream [tokens, d_model]: an all-reduce after attention and after the feed-forward block, and one "
     "before each backward (experts: of the rows in their slots); one of the embedded tokens and one before the head "
     "backward. With sequence_parallel the same bytes, as reduce-scatter and all-gather",
@@ -117,13 +117,14 @@ def _weights(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[Traffic]:
     passes, stages = _passes(config, sizes), _over(sizes, "stage")[0]
     learned = [leaf for leaf in leaves(config.model) if leaf.group != "buffer"]
     gathered, once, tables = 0.0, 0.0, 0.0
+    whole = sizes["context"] > 1  # tables are gathered like the head (Execution.table)
     reduced: dict[bool, float] = defaultdict(float)
     for leaf in learned:
         size = _held(leaf, sizes)
         reduced[bool(leaf.experts)] += size / ways * (passes if leaf.layers else config.train.grad_accumulation)
         if leaf.layers or leaf.component == "mtp":
             gathered += size
-        elif leaf.group == "embedding" and not (config.model.head.tied and leaf.component == "embedding"):
+        elif leaf.group == "embedding" and not (whole or (config.model.head.tied and leaf.component == "embedding")):
             tables += size
         else:
             once += size
@@ -132,7 +133,7 @@ def _weights(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[Traffic]:
     yield Traffic(shards, "all-gather", "weights", gathers, ways, 2 * passes * len(learned))
     scattered = gathered * passes + once * parts
     yield Traffic(shards, "reduce-scatter", "gradients", scattered, ways, passes * len(learned))
-    if tables or config.model.head.tied:
+    if not whole and (tables or config.model.head.tied):
         stream = _tokens(config, sizes) * config.model.d_model * _activation(config)
         yield Traffic(shards, "all-to-all", "embedded tokens", 2 * stream, ways, 2 * parts)
     for experts, size in reduced.items():
