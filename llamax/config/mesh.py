@@ -24,7 +24,8 @@ class MeshConfig(Frozen):
     `layout: auto` chooses the sizes of all axes for the devices there are, from estimates of memory and communication
     (accounting/layout.py), each time the run starts; `mesh: auto` is short for it.
 
-    `kernels`: auto takes the devices' own attention kernel wherever it covers a layer, none the reference everywhere.
+    `kernels`: auto takes the devices' own kernels, of attention and of experts, wherever they cover a layer, none the
+    references everywhere.
     """
 
     data: int = -1
