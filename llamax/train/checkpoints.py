@@ -38,8 +38,8 @@ from llamax.train.digests import Damaged, read_note, verify_digests, write_diges
 from llamax.train.files import disk_cause, sync_folder
 from llamax.train.run_dir import CHECKPOINTS
 
-# Orbax's patience with a save, by the wall clock, which may leap by days; a slow disk is no failure, and dead peers are
-# noticed by mesh/channel.py. A century, as threads can wait that.
+# Orbax's patience with a save goes by the wall clock, which may leap; dead peers are noticed by mesh/channel.py. So: a
+# century, the most that threads can wait, and no folders made behind a save, for which it waits 5 minutes.
 SAVE_SECONDS = 100 * 365 * 86400
 
 T = TypeVar("T")
@@ -88,7 +88,8 @@ class Checkpoints:
     @functools.cached_property
     def _writer(self) -> Any:
         _hush_closed_loops()
-        return _orbax().AsyncCheckpointer(_orbax().PyTreeCheckpointHandler(), timeout_secs=SAVE_SECONDS)
+        patient = _orbax().options.AsyncOptions(SAVE_SECONDS, create_directories_asynchronously=False)
+        return _orbax().AsyncCheckpointer(_orbax().PyTreeCheckpointHandler(), async_options=patient)
 
     def due(self, step: int) -> Literal["permanent", "temporary"] | None:
         """Which kind of checkpoint `step` calls for: permanent by step, else `every_seconds` after the last."""
