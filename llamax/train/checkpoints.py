@@ -18,7 +18,6 @@ import logging
 import os
 import re
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -35,7 +34,7 @@ from llamax.errors import UserError
 from llamax.mesh.job import ALONE, Job
 from llamax.storage.copies import fill
 from llamax.train.digests import Damaged, read_note, verify_digests, write_digests
-from llamax.train.files import disk_cause, sync_folder
+from llamax.train.files import disk_cause, hush_closed_loops, sync_folder
 from llamax.train.run_dir import CHECKPOINTS
 
 # Orbax's patience with a save goes by the wall clock, which may leap; dead peers are noticed by mesh/channel.py. So: a
@@ -87,7 +86,7 @@ class Checkpoints:
 
     @functools.cached_property
     def _writer(self) -> Any:
-        _hush_closed_loops()
+        hush_closed_loops()
         patient = _orbax().options.AsyncOptions(SAVE_SECONDS, create_directories_asynchronously=False)
         return _orbax().AsyncCheckpointer(_orbax().PyTreeCheckpointHandler(), async_options=patient)
 
@@ -217,19 +216,6 @@ class Checkpoints:
                 f"checkpoint of step {work.stem} could not be saved in {self._directory}: {cause}; {kept}; "
                 "then give the same command again to continue"
             ) from error
-
-
-@functools.cache
-def _hush_closed_loops() -> None:
-    """When a write fails Orbax closes its event loop, and TensorStore then complains of it once for every other array:
-    dozens of tracebacks in front of the one message. What else cannot be raised is shown as before."""
-    shown = sys.unraisablehook
-
-    def hook(failure: Any) -> None:
-        if not (isinstance(failure.exc_value, RuntimeError) and str(failure.exc_value) == "Event loop is closed"):
-            shown(failure)
-
-    sys.unraisablehook = hook
 
 
 def load_state(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from llamax.errors import UserError
 
@@ -71,3 +74,16 @@ def writing(path: Path) -> Iterator[None]:
             f"{path}: cannot be written: {disk_cause(error)}; what was saved before is intact; "
             "put it right and give the same command again"
         ) from error
+
+
+@functools.cache
+def hush_closed_loops() -> None:
+    """When a write fails Orbax closes its event loop, and TensorStore then complains of it once for every other array:
+    dozens of tracebacks in front of the one message. What else cannot be raised is shown as before."""
+    shown = sys.unraisablehook
+
+    def hook(failure: Any) -> None:
+        if not (isinstance(failure.exc_value, RuntimeError) and str(failure.exc_value) == "Event loop is closed"):
+            shown(failure)
+
+    sys.unraisablehook = hook
