@@ -142,6 +142,7 @@ def test_what_splash_covers() -> None:
         (Host("cuda", 8.0, 1), ("cudnn",)),
         (Host("cuda", 9.0, 8), ("cudnn",)),
         (Host("cuda", 9.0, 1), ("cudnn", "ragged")),
+        (Host("cuda", 9.0, 1, here=False), ("cudnn",)),
         (Host("tpu", 0.0, 1), ("splash",)),
         (Host("tpu", 0.0, 4), ("splash",)),
     ],
@@ -155,9 +156,9 @@ def test_host_of_devices() -> None:
     hopper = SimpleNamespace(
         platform="gpu", compute_capability="9.0", client=SimpleNamespace(platform_version="PJRT C API\ncuda 12080")
     )
-    assert host_of([hopper, hopper]) == Host("cuda", 9.0, 2)
+    assert host_of([hopper, hopper]) == Host("cuda", 9.0, 2, here=False)
     amd = SimpleNamespace(platform="gpu", client=SimpleNamespace(platform_version="PJRT C API\nrocm 60300"))
-    assert host_of([amd]) == Host("rocm", 0.0, 1)
+    assert host_of([amd]) == Host("rocm", 0.0, 1, here=False)
 
 
 def test_without_kernels_attention_is_attend() -> None:
