@@ -15,11 +15,11 @@ def plan_lines(plan: dict[str, Any]) -> Iterator[str]:
     mesh = " ".join(f"{axis}={size}" for axis, size in plan["mesh"].items() if size > 1) or "one device"
     yield f"{plan['name']} ({plan['hash']}) on {topology['name']}"
     yield (
-        f"  {topology['devices']:,} x {topology['device_kind']}, {topology['hosts']:,} hosts; mesh {mesh}; remat "
+        f"  {topology['devices']:,} x {topology['device_kind']}, {_count(topology['hosts'], 'host')}; mesh {mesh}; remat "
         f"{train['remat']}"
     )
     yield (
-        f"  batch {train['batch_size']:,} x {train['seq_len']:,} tokens in {train['grad_accumulation']} parts, "
+        f"  batch {train['batch_size']:,} x {train['seq_len']:,} tokens in {_count(train['grad_accumulation'], 'part')}, "
         f"{train['compute_dtype']} products"
     )
     seconds = plan["compile"]["seconds"]
@@ -40,6 +40,10 @@ def plan_lines(plan: dict[str, Any]) -> Iterator[str]:
     yield "rules"
     for name, rule in plan["rules"].items():
         yield from textwrap.wrap(f"{name}: {rule}", 98, initial_indent="  ", subsequent_indent="    ")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _memory(plan: dict[str, Any]) -> Iterator[str]:
