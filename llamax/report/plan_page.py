@@ -14,14 +14,10 @@ def plan_lines(plan: dict[str, Any]) -> Iterator[str]:
     topology, train = plan["topology"], plan["train"]
     mesh = " ".join(f"{axis}={size}" for axis, size in plan["mesh"].items() if size > 1) or "one device"
     yield f"{plan['name']} ({plan['hash']}) on {topology['name']}"
-    yield (
-        f"  {topology['devices']:,} x {topology['device_kind']}, {_count(topology['hosts'], 'host')}; mesh {mesh}; remat "
-        f"{train['remat']}"
-    )
-    yield (
-        f"  batch {train['batch_size']:,} x {train['seq_len']:,} tokens in {_count(train['grad_accumulation'], 'part')}, "
-        f"{train['compute_dtype']} products"
-    )
+    hosts, parts = _count(topology["hosts"], "host"), _count(train["grad_accumulation"], "part")
+    yield f"  {topology['devices']:,} x {topology['device_kind']}, {hosts}; mesh {mesh}; remat {train['remat']}"
+    tokens = f"{train['batch_size']:,} x {train['seq_len']:,} tokens"
+    yield f"  batch {tokens} in {parts}, {train['compute_dtype']} products"
     seconds = plan["compile"]["seconds"]
     yield f"  {plan['compiler']}"
     yield (
