@@ -108,10 +108,14 @@ def _config(source: str, overrides: list[str], topology: Topology) -> RunConfig:
     sizes = _sizes(config, topology.devices)
     ways = math.prod(sizes[axis] for axis in ([rule] if isinstance(rule, str) else rule))
     rows = max(config.train.batch_size // ways, 1)
-    for parts in (parts for parts in range(1, rows + 1) if rows % parts == 0):
+    policy = "full" if config.train.remat == "auto" else config.train.remat
+    if config.mesh.layout == "auto":  # which layouts fit is asked once the batch is known; the one that holds least
+        sizes = {**sizes, "data": 1, "fsdp": topology.devices}
+    fewest = rows if sizes["stage"] > 1 else 1  # a pipeline's microbatches fill it
+    for parts in (parts for parts in range(fewest, rows + 1) if rows % parts == 0):
         train = config.train.model_copy(update={"batch_size": rows * ways, "grad_accumulation": parts})
         config = config.model_copy(update={"train": train})
-        if device_bytes(config, "full", True, sizes) <= ROOM * topology.kind.memory:
+        if device_bytes(config, policy, True, sizes) <= ROOM * topology.kind.memory:
             break
     return config
 

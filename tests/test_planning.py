@@ -96,6 +96,9 @@ def test_the_page_is_a_hundred_columns(plan: dict[str, Any]) -> None:
         ("v5p:4x4x4", [], 4),  # 16 rows a chip, four at a time too: their logits are what counts
         ("v5e:4x4", [], 64),  # nothing fits 16 GB, not even one row
         ("v5p:2x2x4", ["train.grad_accumulation=8"], 8),
+        ("v5p:2x2x4", ["train.remat=none"], 64),  # what is kept for the backward pass leaves room for one row
+        ("v5p:2x2x4", ["mesh=auto"], 16),  # the layout is chosen later
+        ("v5p:2x2x4", ["mesh.stage=4"], 256),  # a pipeline is filled by its microbatches
     ],
 )
 def test_a_model_by_its_name_has_few_microbatches(topology: str, overrides: list[str], parts: int) -> None:

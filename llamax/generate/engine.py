@@ -13,13 +13,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from llamax.config.model import ModelConfig
 from llamax.config.rotary import RopeLongrope
 from llamax.errors import UserError
 from llamax.generate.sampling import Rows, Sampling, rows_of, sample
-from llamax.generate.serving import for_serving, turned
+from llamax.generate.serving import MOST_LAYERS, for_serving, upright
 from llamax.mesh.rules import Rules, batch_ways, load_rules, shardings, spec_of
 from llamax.model.cache import Cache, init_cache, map_cache
 from llamax.model.execution import Execution
+from llamax.model.kernels import host_of
 from llamax.model.position import rotary_kinds
 from llamax.model.transformer import Transformer
 
@@ -30,7 +32,6 @@ MOST_STEPS = 16  # decoding steps of one dispatch
 # XLA joins two weights that share an operand for one product. At batch 1 that copies both in every step: 21 of the 130
 # microseconds that a layer of the 1B model took on an H200.
 OPTIONS: dict[str, dict[str, Any]] = {"gpu": {"xla_gpu_dot_merger_threshold_mb": 0}}
-TURNED = ("gpu",)  # where matrices are kept with their inputs last (see `turned`)
 DISPATCH_SECONDS = 0.05  # what a dispatch aims at, so that text keeps flowing
 
 
@@ -76,12 +77,10 @@ class Engine:
     ):
         self.rules = load_rules("default") if rules is None else rules
         self.mesh = mesh if mesh is not None else _mesh_of(model)
-        model = for_serving(model, execution)
+        self._inputs_last = self.mesh is None and reads_rows(model.config)
+        model = for_serving(model, execution, self._inputs_last)
         self.config, self.execution = model.config, execution
         self.model = model if mesh is None else jax.device_put(model, shardings(model, model, self.rules, mesh))
-        self._turned = self.mesh is None and jax.default_backend() in TURNED
-        if self._turned:
-            self.model = jax.jit(turned)(self.model)
         self._programs: dict[Any, Any] = {}
         self._compile_seconds = 0.0
 
@@ -272,7 +271,7 @@ class Engine:
         key = (name, *shape)
         if key not in self._programs:
             start = time.perf_counter()
-            bound = functools.partial(f, execution=self.execution, back=self._turned) if name != "draw" else f
+            bound = functools.partial(f, execution=self.execution, turned=self._inputs_last) if name != "draw" else f
             out = self._out(name, args)
             placed: dict[str, Any] = {} if out is None else {"out_shardings": out}
             options = OPTIONS.get(jax.default_backend())
@@ -333,10 +332,10 @@ def _read(
     counts: Int[Array, " batch"],
     logits: Float[Array, "batch vocab"],
     execution: Execution,
-    back: bool,
+    turned: bool,
 ) -> tuple[Float[Array, "batch vocab"], Cache]:
     """(logits of each row's last token so far, the cache with these tokens)."""
-    model = turned(model, back=True) if back else model
+    model = upright(model) if turned else model
     new, cache = model.decode(tokens, cache, counts, execution, last=True)
     return jnp.where(counts[:, None] > 0, new[:, 0], logits), cache
 
@@ -358,7 +357,7 @@ def _decode(
     halted: Bool[Array, " batch"],
     count: Int[Array, ""],
     execution: Execution,
-    back: bool,
+    turned: bool,
 ) -> tuple[State, Cache, Int[Array, "batch steps"]]:
     """`count` steps: (state, cache, the tokens drawn [batch, MOST_STEPS], NOTHING beyond)."""
     state = state._replace(done=state.done | halted)
@@ -367,13 +366,19 @@ def _decode(
         state, cache, out = carry
         # A row that is done reads nothing, so its cache stays as it is.
         reads = (~state.done).astype(jnp.int32)
-        upright = turned(model, back=True) if back else model
-        logits, cache = upright.decode(jnp.maximum(state.token, 0)[:, None], cache, reads, execution)
+        one = upright(model) if turned else model  # inside the loop, where they are views
+        logits, cache = one.decode(jnp.maximum(state.token, 0)[:, None], cache, reads, execution)
         state = _draw(logits[:, 0], state, request)
         return state, cache, out.at[:, i].set(state.token)
 
     out = jnp.full((len(state.token), MOST_STEPS), NOTHING, jnp.int32)
     return jax.lax.fori_loop(0, count, step, (state, cache, out))
+
+
+def reads_rows(config: ModelConfig) -> bool:
+    """Whether matrices are kept with their inputs last: on a CUDA device, where `linear` sums over them for one row,
+    and for layers that are arrays by themselves, as turning a stack in a scan might copy it."""
+    return host_of(jax.devices()[:1]).platform == "cuda" and len(config.layers) <= MOST_LAYERS
 
 
 def _mesh_of(model: Transformer) -> Mesh | None:

@@ -23,9 +23,13 @@ MOST_LAYERS = 64  # written out; a deeper model keeps its scan, as compilation g
 CAST = ("matrix", "head")
 
 
-def for_serving(model: Transformer, execution: Execution = Execution()) -> Transformer:
+def for_serving(model: Transformer, execution: Execution = Execution(), inputs_last: bool = False) -> Transformer:
     """The same function of the same config family, its segments repeated once each and its matrices in the type that
-    `execution` multiplies in. The embedding goes along where the stream has that type too."""
+    `execution` multiplies in. The embedding goes along where the stream has that type too.
+
+    With `inputs_last` matrices are kept as sums over the inputs of a single row read them (`linear`); the model is then
+    what `upright` makes of it. Experts stay as they are.
+    """
     config = _written_out(model.config) if len(model.config.layers) <= MOST_LAYERS else model.config
     groups = (*CAST, "embedding") if execution.activation == execution.plain else CAST
     template = jax.eval_shape(lambda key: Transformer(config, key=key), jax.random.key(0))
@@ -41,28 +45,32 @@ def for_serving(model: Transformer, execution: Execution = Execution()) -> Trans
         array = array if layer is None or array.shape[0] == 1 else array[layer : layer + 1]
         if _is_variable(variable) and variable.get_metadata().get("group") in groups:
             array = array.astype(execution.plain)
+        array = _turn(variable, array, back=False) if inputs_last else array
         return jax.tree.map(lambda _: array, variable)
 
     return jax.tree_util.tree_map_with_path(fill, template, is_leaf=_is_variable)
 
 
-def turned(model: Transformer, back: bool = False) -> Transformer:
-    """The model's matrices with their inputs last, as sums over the inputs of a single row read them (`linear`); or,
-    with `back`, such a model as the model reads it: views, where a program does it first. Experts stay as they are."""
+def upright(model: Transformer) -> Transformer:
+    """A model kept with its inputs last as it computes: views, where a program does this first."""
 
     def turn(variable: Any) -> Any:
-        if not _is_variable(variable) or variable.get_metadata().get("group") not in CAST:
+        if not _is_variable(variable):
             return variable
-        inputs, axes = variable.get_metadata()["inputs"], variable.get_metadata()["axes"]
-        array = variable.get_value()
-        lead = array.ndim - len(axes)  # of stacked layers
-        if not inputs or "experts" in axes:
-            return variable
-        first, last = list(range(lead, lead + inputs)), list(range(array.ndim - inputs, array.ndim))
-        array = jnp.moveaxis(array, last, first) if back else jnp.moveaxis(array, first, last)
+        array = _turn(variable, variable.get_value(), back=True)
         return jax.tree.map(lambda _: array, variable)
 
     return jax.tree.map(turn, model, is_leaf=_is_variable)
+
+
+def _turn(variable: Any, array: Array, back: bool) -> Array:
+    """A matrix with the axes of its inputs, which lead but for stacked layers, as its last ones; or back."""
+    known = variable.get_metadata() if _is_variable(variable) else {}
+    if known.get("group") not in CAST or not known["inputs"] or "experts" in known["axes"]:
+        return array
+    lead, inputs = array.ndim - len(known["axes"]), known["inputs"]
+    first, last = list(range(lead, lead + inputs)), list(range(array.ndim - inputs, array.ndim))
+    return jnp.moveaxis(array, last, first) if back else jnp.moveaxis(array, first, last)
 
 
 def _written_out(config: ModelConfig) -> ModelConfig:

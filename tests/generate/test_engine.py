@@ -84,7 +84,7 @@ def test_matrices_kept_with_their_inputs_last_say_the_same(style: str, monkeypat
     """As a GPU keeps them, for one row and for several."""
     model = model_of(style)
     plain = Engine(model).run(PROMPTS, [GREEDY] * 3, [0] * 3, 6)[0]
-    monkeypatch.setattr(engine_module, "TURNED", ("cpu",))
+    monkeypatch.setattr(engine_module, "reads_rows", lambda config: True)
     engine = Engine(model)
     assert engine.model.stacks[0].blocks[0].mlp.up[...].shape[1:] == model.stacks[0].blocks[0].mlp.up[...].shape[:0:-1]
     turned = engine.run(PROMPTS, [GREEDY] * 3, [0] * 3, 6)[0]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llamax.generate.serving import for_serving, step_bytes, turned
+from llamax.generate.serving import for_serving, step_bytes, upright
 from llamax.model.cache import init_cache
 from llamax.model.execution import Execution
 from llamax.model.transformer import Transformer
@@ -75,23 +75,25 @@ def test_a_step_has_no_wide_weight() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_turned_and_back(name: str) -> None:
     """Inputs last: the same model once turned back, and experts and tables are left alone."""
-    model = for_serving(small_model(**MODELS[name]), NARROW)
-    inputs_last = turned(model)
+    trained = small_model(**MODELS[name])
+    model, inputs_last = for_serving(trained, NARROW), for_serving(trained, NARROW, inputs_last=True)
     query, stored = (m.stacks[0].blocks[0].attention.query[...] for m in (model, inputs_last))
     np.testing.assert_array_equal(stored, query.transpose(0, 2, 3, 1))
     out, stored = (m.stacks[0].blocks[0].attention.out[...] for m in (model, inputs_last))
     np.testing.assert_array_equal(stored, out.transpose(0, 3, 1, 2))
     assert inputs_last.embedding[...].shape == model.embedding[...].shape
-    jax.tree.map(np.testing.assert_array_equal, turned(inputs_last, back=True), model)
+    up, stored = (m.stacks[0].blocks[0].mlp.up[...] for m in (model, inputs_last))
+    assert (stored.shape == up.shape) == (name == "mixture")
+    jax.tree.map(np.testing.assert_array_equal, upright(inputs_last), model)
 
 
 def test_one_row_on_a_gpu_multiplies_no_weight_by_a_product() -> None:
     """Lowered for it: the products that are left are attention's two a layer, and no weight is turned."""
-    model = turned(for_serving(small_model(**MODELS["untied"]), NARROW))
+    model = for_serving(small_model(**MODELS["untied"]), NARROW, inputs_last=True)
     cache = init_cache(model.config, 1, 16, "bfloat16")
 
     def step(model: Transformer, token: jax.Array, cache: Any) -> Any:
-        return turned(model, back=True).decode(token, cache, None, NARROW)
+        return upright(model).decode(token, cache, None, NARROW)
 
     text = jax.jit(step).trace(model, jnp.ones((1, 1), jnp.int32), cache).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("dot_general") == 2 * len(model.config.layers)
