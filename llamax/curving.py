@@ -69,7 +69,11 @@ def examine(
         common = {"at": float(shared.index[-1]), "losses": {k: float(v) for k, v in shared.iloc[-1].items()}}
     collapse = None
     if floor is not None:
-        whole = rows[rows["run"].isin(table["run"][table["status"] == "done"])]  # of others the last row is no end
+        ended = table["status"] == "done"  # of others the last row is no end
+        whole = rows[rows["run"].isin(table["run"][ended])]
+        if whole["run"].nunique() < 2 and not ended.all():
+            rest = ", ".join(map(str, table["run"][~ended]))
+            raise UserError(f"--floor: a collapse is of two or more finished runs; not finished: {rest}")
         collapse = collapse_curves(whole, floor=floor, groups=_alike(table), on=on).as_dict()
     losses = {str(run): [_finite(loss) for loss in line] for run, line in aligned.items()}
     return {

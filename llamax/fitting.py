@@ -345,6 +345,7 @@ def _fit_registered(
     from llamax.scaling.registry import law
 
     _beyond(None, None, options)  # refused: these answers are of the laws of n and d
+    check_noise(options.seed_noise)
     spec = law(options.formula or options.law or "", columns=[*map(str, frame.columns), *options.extra])
     named = {**{role: name for role, name in columns.items() if name}, **options.extra}
     table, more = law_table(spec, frame, named)
@@ -353,7 +354,6 @@ def _fit_registered(
     result = record | {"approaches": [3], "intervals": {}, "standard_errors": {}, "seed": options.seed, "level": 0.95}
     measured = "flops" in table
     words = [*words, *more, *group_words(table), *(span_words(table) if measured else []), *fit.warnings]
-    check_noise(options.seed_noise)
     if options.bootstrap:
         rng = np.random.default_rng([options.seed, 3])
         noise = options.seed_noise

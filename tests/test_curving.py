@@ -72,6 +72,9 @@ def test_the_command_prints_draws_and_refuses(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             CliRunner().invoke(app, ["curves", str(run), *options], catch_exceptions=False)
+    going_on = make_run(tmp_path / "b", spike_at=150)
+    with pytest.raises(UserError, match="two or more finished runs; not finished: b"):
+        CliRunner().invoke(app, ["curves", str(run), str(going_on), "--floor", "1.0"], catch_exceptions=False)
 
 
 def test_a_collapse_is_of_finished_runs_and_its_noise_of_seeds(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ def test_copies_with_other_digits_are_questioned(tmp_path: Path) -> None:
     assert "duplicated runs? 3 rows" in words(fit(pd.concat([frame, copies]), tmp_path, law="chinchilla"))
     seeds = frame.assign(nll=frame["nll"] * np.exp(0.003 * np.random.default_rng(1).normal(size=len(frame))))
     assert "duplicated" not in words(fit(pd.concat([frame, seeds]), tmp_path, law="chinchilla"))
+    rounded = pd.concat([frame, seeds]).assign(nll=lambda f: f["nll"].round(2), seed=lambda f: range(len(f)))
+    assert "duplicated runs?" not in words(fit(rounded, tmp_path, law="chinchilla"))
 
 
 def test_a_study_without_runs_is_refused_in_words(tmp_path: Path) -> None:

@@ -117,14 +117,14 @@ def _weights(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[Traffic]:
     passes, stages = _passes(config, sizes), _over(sizes, "stage")[0]
     learned = [leaf for leaf in leaves(config.model) if leaf.group != "buffer"]
     gathered, once, tables = 0.0, 0.0, 0.0
-    whole = sizes["context"] > 1  # tables are gathered like the head (Execution.table)
+    whole = sizes["context"] > 1  # then the tokens' table is gathered like the head (Execution.table)
     reduced: dict[bool, float] = defaultdict(float)
     for leaf in learned:
         size = _held(leaf, sizes)
         reduced[bool(leaf.experts)] += size / ways * (passes if leaf.layers else config.train.grad_accumulation)
         if leaf.layers or leaf.component == "mtp":
             gathered += size
-        elif leaf.group == "embedding" and not (whole or (config.model.head.tied and leaf.component == "embedding")):
+        elif leaf.group == "embedding" and not (leaf.component == "embedding" and (whole or config.model.head.tied)):
             tables += size
         else:
             once += size

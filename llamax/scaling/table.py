@@ -158,7 +158,8 @@ def loss_words(table: pd.DataFrame, name: str) -> list[str]:
     """Doubts about the column of losses, called `name` in the user's table: its unit, whether it is a loss, copies."""
     words = []
     cells = pd.DataFrame({c: np.log(table[c].to_numpy(float)) for c in ("n", "d", "loss")}).round({"n": 6, "d": 6})
-    close = cells.sort_values("loss").groupby(["n", "d"])["loss"].diff() < SAME_RUN
+    apart = cells.sort_values("loss").groupby(["n", "d"])["loss"].diff()
+    close = (apart > 0) & (apart < SAME_RUN)  # equal ones are seeds whose losses have few digits
     if close.mean() > 0.01:  # one in a large table of seeds is chance
         words.append(
             f"duplicated runs? {int(close.sum())} rows have the n and d of another and almost its loss: a copy "

@@ -38,7 +38,7 @@ from llamax.train.files import disk_cause, hush_closed_loops, sync_folder
 from llamax.train.run_dir import CHECKPOINTS
 
 # Orbax's patience with a save goes by the wall clock, which may leap; dead peers are noticed by mesh/channel.py. So: a
-# century, the most that threads can wait, and no folders made behind a save, for which it waits 5 minutes.
+# century, less than the most that threads can wait, and no folders made behind a save: for them it waits 5 minutes.
 SAVE_SECONDS = 100 * 365 * 86400
 
 T = TypeVar("T")
@@ -204,10 +204,9 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            for _ in range(20):  # TensorStore's threads may still be writing there
-                if work.suffix == ".saving" and work.exists():
-                    shutil.rmtree(work, ignore_errors=True)
-                    time.sleep(0.05)
+            for _ in range(10 if work.suffix == ".saving" else 0):  # TensorStore's threads may still be writing there
+                shutil.rmtree(work, ignore_errors=True)
+                time.sleep(0.02)
             if (cause := disk_cause(error)) is None:
                 raise
             steps = [str(found.step) for found in find_checkpoints(self._directory)][::-1]

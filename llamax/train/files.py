@@ -79,7 +79,8 @@ def writing(path: Path) -> Iterator[None]:
 @functools.cache
 def hush_closed_loops() -> None:
     """When a write fails Orbax closes its event loop, and TensorStore then complains of it once for every other array:
-    dozens of tracebacks in front of the one message. What else cannot be raised is shown as before."""
+    dozens of tracebacks in front of the one message. This hides the complaint from then on, whoever makes it; what else
+    cannot be raised is shown as before."""
     shown = sys.unraisablehook
 
     def hook(failure: Any) -> None:
