@@ -67,6 +67,7 @@ def about() -> dict[str, Any]:
         raise SystemExit(f"JAX does not start: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     (found.get("git") or {}).pop("diff", None)  # long, and the rows are to be read
+    found["flags"].pop("LLAMAX_CACHE", None)  # a folder of this machine
     return found
 
 

@@ -143,7 +143,8 @@ def _fill(cell: Cell, share: int, accelerators: Sequence[int]) -> tuple[int, flo
     if row is None or size < 2:
         return size, None, rule
     on_each = -(-size // len(accelerators))
-    measured = f"{row.members} members of N <= {row.n:,} measured {row.ratio:g} on one {FILLED_ON}"
+    measured = f"{row.members} members of N <= {row.n:,} measured {row.ratio:g} on one {FILLED_ON} in bfloat16"
+    measured += "" if on_each == row.members else f", {on_each} by Amdahl's law"
     return size, on_each * row.at(on_each) / size, f"{rule}; {measured}"
 
 
