@@ -172,7 +172,9 @@ def test_cut_sequences_equal_whole_ones(style: str) -> None:
 @pytest.mark.parametrize("style", subset("gemma3"))
 def test_bfloat16_operands_stay_near_float32(style: str) -> None:
     """What most machines train with by default; a product that a CPU's compiler cannot run would end it here."""
-    found = trained(family(style, {"data": 1}, "train.compute_dtype=bfloat16"), jax.devices()[:1]).passes["compared"][0]
+    config = family(style, {"data": 1}, "train.compute_dtype=bfloat16")
+    found = trained(config, jax.devices()[:1]).passes["compared"][0]
     expected = alone(style).passes["compared"][0]
-    np.testing.assert_allclose(found["loss"][:3], expected["loss"][:3], rtol=0.01)
+    steps = 2 if chooses(config) else 3  # then a rounding may have chosen another expert or key
+    np.testing.assert_allclose(found["loss"][:steps], expected["loss"][:steps], rtol=0.01)
     assert np.all(np.isfinite(found["grad_norm"]))
