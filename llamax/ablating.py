@@ -121,6 +121,7 @@ def plan_tables(plan: Plan, power: Mapping[str, Any]) -> list[Any]:
     """What `llamax ablate plan` prints."""
     from rich.text import Text
 
+    from llamax.report.words import plural
     from llamax.sweep.tables import duration, si
 
     assert plan.spec.ablate is not None
@@ -141,7 +142,7 @@ def plan_tables(plan: Plan, power: Mapping[str, Any]) -> list[Any]:
         name = c.tags["variant"] + (f" ({c.tags['match']})" if several and c is not base else "")
         numbers = (si(params), *off[:2], f"{cost:.3g}", *off[2:], str(width), f"{c.steps:,}")
         table.add_row(c.tags["rung"], name, *numbers)
-    seeds = f"{power['seeds']} seed{'s' * (power['seeds'] != 1)} each"
+    seeds = f"{plural(power['seeds'], 'seed')} each"
     lines = [f"{len(plan.cells)} cells, {plan.totals['flops_6n']:.3g} FLOPs (6n), {seeds}, "
              f"about {duration(plan.totals['seconds'])} with one worker"]  # fmt: skip
     if power["df"]:

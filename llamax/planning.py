@@ -105,7 +105,7 @@ def _config(source: str, overrides: list[str], topology: Topology) -> RunConfig:
     if any(text.startswith(("train.grad_accumulation=", "train.batch_size=")) for text in overrides):
         return config
     rule = read_yaml(find("meshes", config.mesh.rules, "mesh rules"))["batch"]
-    sizes = _sizes(config, topology.devices)
+    sizes = config.mesh.over(topology.devices)
     ways = math.prod(sizes[axis] for axis in ([rule] if isinstance(rule, str) else rule))
     rows = max(config.train.batch_size // ways, 1)
     policy = "full" if config.train.remat == "auto" else config.train.remat
@@ -118,13 +118,6 @@ def _config(source: str, overrides: list[str], topology: Topology) -> RunConfig:
         if device_bytes(config, policy, True, sizes) <= ROOM * topology.kind.memory:
             break
     return config
-
-
-def _sizes(config: RunConfig, devices: int) -> dict[str, int]:
-    """Devices along every axis, an open one given all that remain."""
-    sizes = config.mesh.sizes
-    taken = math.prod(size for size in sizes.values() if size > 0)
-    return {axis: size if size > 0 else max(devices // taken, 1) for axis, size in sizes.items()}
 
 
 def _lengths(model: str) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import model_validator
@@ -64,3 +65,8 @@ class MeshConfig(Frozen):
     def sizes(self) -> dict[str, int]:
         """Devices along every axis of AXES as they are asked for, -1 included."""
         return {axis: getattr(self, axis) for axis in AXES}
+
+    def over(self, devices: int) -> dict[str, int]:
+        """The same on so many devices: -1 becomes what the others leave, one at least. Whether it fits is not asked."""
+        taken = math.prod(size for size in self.sizes.values() if size > 0)
+        return {axis: size if size > 0 else max(devices // taken, 1) for axis, size in self.sizes.items()}

@@ -29,9 +29,6 @@ NOTHING = -1  # in place of a token: the row was done
 FOREVER = 2**30  # longer than any text
 PREFILL = 1024  # columns of a prompt read at once: the memory for scores is this times the capacity
 MOST_STEPS = 16  # decoding steps of one dispatch
-# XLA joins two weights that share an operand for one product. At batch 1 that copies both in every step: 21 of the 130
-# microseconds that a layer of the 1B model took on an H200.
-OPTIONS: dict[str, dict[str, Any]] = {"gpu": {"xla_gpu_dot_merger_threshold_mb": 0}}
 DISPATCH_SECONDS = 0.05  # what a dispatch aims at, so that text keeps flowing
 
 
@@ -274,8 +271,7 @@ class Engine:
             bound = functools.partial(f, execution=self.execution, turned=self._inputs_last) if name != "draw" else f
             out = self._out(name, args)
             placed: dict[str, Any] = {} if out is None else {"out_shardings": out}
-            options = OPTIONS.get(jax.default_backend())
-            jitted = jax.jit(bound, donate_argnums=donate, compiler_options=options, **placed)
+            jitted = jax.jit(bound, donate_argnums=donate, **placed)
             self._programs[key] = jitted.lower(*args).compile()
             self._compile_seconds += time.perf_counter() - start
         return self._programs[key](*args)

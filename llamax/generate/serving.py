@@ -54,11 +54,9 @@ def for_serving(model: Transformer, execution: Execution = Execution(), inputs_l
 def upright(model: Transformer) -> Transformer:
     """A model kept with its inputs last as it computes: views, where a program does this first."""
 
-    def turn(variable: Any) -> Any:
-        if not _is_variable(variable):
-            return variable
-        array = _turn(variable, variable.get_value(), back=True)
-        return jax.tree.map(lambda _: array, variable)
+    def turn(leaf: Any) -> Any:
+        array = _turn(leaf, _array(leaf), back=True)
+        return jax.tree.map(lambda _: array, leaf)
 
     return jax.tree.map(turn, model, is_leaf=_is_variable)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -50,9 +51,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     """
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes
-    fixed = 1
-    for size in sizes.values():
-        fixed *= size if size > 0 else 1
+    fixed = math.prod(size for size in sizes.values() if size > 0)
     free = [axis for axis, size in sizes.items() if size == -1]
     shown = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
     if fixed > len(devices) or (free and len(devices) % fixed):
@@ -61,7 +60,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             "change one of them"
         )
     if free:
-        sizes[free[0]] = len(devices) // fixed
+        sizes = config.over(len(devices))
     elif fixed < len(devices):
         if jax.process_count() > 1:
             raise UserError(

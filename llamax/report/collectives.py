@@ -55,7 +55,7 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
             axes = spanned(groups, mesh)
             if not axes:
                 continue  # groups of one device each
-            whole = _operand_bytes(program, part, kind) * (len(groups[0]) if kind == "all-gather" else 1)
+            whole = _operand_bytes(program, part) * (len(groups[0]) if kind == "all-gather" else 1)
             reverse = {(target, source) for source, target in groups} if kind == PERMUTATION else None
             both = reverse in permutations and reverse != set(groups)
             found.append(Collective(kind, axes, whole, times, groups[0], part.name, both))
@@ -78,9 +78,9 @@ def _is_fused(program: Program, computation: str) -> bool:
     return any(part.opcode == "fusion" and part.calls == computation for part in program.instructions.values())
 
 
-def _operand_bytes(program: Program, part: Instruction, kind: str) -> int:
+def _operand_bytes(program: Program, part: Instruction) -> int:
     """Of what is sent: a ragged exchange has its result's buffer, offsets and sizes for operands too."""
-    names = part.operands[:1] if kind == "ragged-all-to-all" else part.operands
+    names = part.operands[:1] if part.opcode.startswith("ragged-all-to-all") else part.operands
     return sum(type_bytes(program.instructions[name].type) for name in names if name in program.instructions)
 
 

@@ -6,6 +6,8 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
+from llamax.report.words import plural
+
 GIB = 2**30
 
 
@@ -14,7 +16,7 @@ def plan_lines(plan: dict[str, Any]) -> Iterator[str]:
     topology, train = plan["topology"], plan["train"]
     mesh = " ".join(f"{axis}={size}" for axis, size in plan["mesh"].items() if size > 1) or "one device"
     yield f"{plan['name']} ({plan['hash']}) on {topology['name']}"
-    hosts, parts = _count(topology["hosts"], "host"), _count(train["grad_accumulation"], "part")
+    hosts, parts = plural(topology["hosts"], "host"), plural(train["grad_accumulation"], "part")
     yield f"  {topology['devices']:,} x {topology['device_kind']}, {hosts}; mesh {mesh}; remat {train['remat']}"
     tokens = f"{train['batch_size']:,} x {train['seq_len']:,} tokens"
     yield f"  batch {tokens} in {parts}, {train['compute_dtype']} products"
@@ -36,10 +38,6 @@ def plan_lines(plan: dict[str, Any]) -> Iterator[str]:
     yield "rules"
     for name, rule in plan["rules"].items():
         yield from textwrap.wrap(f"{name}: {rule}", 98, initial_indent="  ", subsequent_indent="    ")
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _memory(plan: dict[str, Any]) -> Iterator[str]:

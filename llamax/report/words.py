@@ -71,5 +71,5 @@ def interval(pair: Any, places: int = 4, *, significant: int | None = None) -> s
 
 
 def plural(n: int, noun: str) -> str:
-    """`1 run`, `3 runs`, `2 valleys`."""
-    return f"{n} {noun}{'' if n == 1 else 's'}"
+    """`1 run`, `3 runs`, `1,024 hosts`."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"

@@ -58,12 +58,8 @@ def _mesh(cells: Sequence[Cell], devices: int | None) -> list[str]:
 
 def _batch_ways(mesh: MeshConfig, devices: int | None) -> int:
     """Devices a batch is split over: data x fsdp, with -1 standing for all devices the other axes leave."""
-    sizes = mesh.sizes
-    given = 1
-    for size in sizes.values():
-        given *= max(size, 1)
-    rest = 1 if devices is None else max(1, devices // given)
-    return (rest if sizes["data"] == -1 else sizes["data"]) * (rest if sizes["fsdp"] == -1 else sizes["fsdp"])
+    sizes = mesh.over(devices or 1)
+    return sizes["data"] * sizes["fsdp"]
 
 
 def _bracket(cells: Sequence[Cell], optimum: float) -> list[str]:
