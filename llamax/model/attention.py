@@ -17,7 +17,7 @@ from llamax.model.flash import COVERS, by_device, covering
 from llamax.model.linear import contract, parameter, weight
 from llamax.model.norm import Normalize
 from llamax.model.position import alibi_slopes, logit_scale, query_temperature, rotate
-from llamax.model.scores import Logits, Sight, Span, in_groups, over_keys, over_queries, product, scored, whole
+from llamax.model.scores import Logits, Sight, Span, in_groups, over_keys, over_outputs, over_queries, product, scored, whole
 from llamax.model.statistics import Statistics
 
 
@@ -77,18 +77,18 @@ def spans(queries: int, keys: int, sight: Sight, logits: Logits) -> list[Span]:
 
 def _attend_forward(q, k, v, sight, logits, compute):  # type: ignore[no-untyped-def]
     out, saved = _attend(q, k, v, sight, logits, compute)
-    return out, (q, k, v, sight, saved)
+    return out, (q, k, v, sight, out, saved)
 
 
 def _attend_backward(logits, compute, kept, g):  # type: ignore[no-untyped-def]
-    q, k, v, sight, (saved, slopes) = kept
+    q, k, v, sight, out, (saved, slopes) = kept
     q5, g5 = in_groups(q, k) * logits.scale, in_groups(g, k)
+    mean_dp = over_outputs(g5, in_groups(out, k), compute)
     dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for i, span in enumerate(spans(q.shape[1], k.shape[1], sight, logits)):
         p, q_i, g_i = saved[i], q5[:, span.queries], g5[:, span.queries]
         dp = product("btjgd,bsjd->bjtgs", g_i, v[:, span.keys], compute)
-        wide = p.astype(jnp.float32)
-        ds = wide * (dp - jnp.sum(wide * dp, axis=-1, keepdims=True))
+        ds = p.astype(jnp.float32) * (dp - mean_dp[:, :, span.queries])
         ds = ds * slopes[i] if slopes else ds
         dq.append(over_keys(ds, k[:, span.keys], compute))
         dk = dk.at[:, span.keys].add(over_queries(ds, q_i, compute))

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from llamax.model.execution import Context
-from llamax.model.scores import Logits, Sight, in_groups, over_keys, over_queries, product, scored, whole
+from llamax.model.scores import Logits, Sight, in_groups, over_keys, over_outputs, over_queries, product, scored, whole
 
 AXIS = "context"
 BLOCK = 512  # tokens of a block, at most where a chunk divides into blocks of this or up to four times less
@@ -178,8 +178,8 @@ def _by_query(x: Array) -> Array:
 def _backward(logits, compute, context, saved, g):  # type: ignore[no-untyped-def]
     q, k, v, segments, out, log_total = saved
     blocks = _blocks(q, k, v, segments, logits, compute, context)
-    g_blocks = _cut(in_groups(g, k), blocks.size)
-    delta = _cut(in_groups(g.astype(jnp.float32) * out.astype(jnp.float32), k).sum(-1), blocks.size).swapaxes(2, 3)
+    g_blocks, out_blocks = _cut(in_groups(g, k), blocks.size), _cut(in_groups(out, k), blocks.size)
+    mean_dp = jax.vmap(lambda g, out: over_outputs(g, out, compute))(g_blocks, out_blocks)
 
     def step(carry: tuple[Array, Array, Array], row: Array) -> tuple[Any, None]:
         dq, dk, dv = carry
@@ -188,7 +188,7 @@ def _backward(logits, compute, context, saved, g):  # type: ignore[no-untyped-de
         p = jnp.where(pair.live, jnp.exp(scores - log_total[pair.own][..., None]), 0.0)
         g_own = g_blocks[pair.own]
         dp = product("btjgd,bsjd->bjtgs", g_own, blocks.v[pair.gathered], compute)
-        ds = p * (dp - delta[pair.own][..., None])
+        ds = p * (dp - mean_dp[pair.own])
         ds = ds if slope is None else ds * slope
         dq = dq.at[pair.own].add(over_keys(ds, blocks.k[pair.gathered], compute))
         dk = dk.at[pair.gathered].add(over_queries(ds, blocks.q[pair.own], compute))

@@ -148,3 +148,18 @@ def over_queries(weights: Array, x: Array, compute: str) -> Array:
     b, j, t, g, s = weights.shape
     turned = x.transpose(0, 2, 4, 1, 3).reshape(b, j, -1, t * g)
     return product("bjdm,bjms->bjds", turned, weights.reshape(b, j, t * g, s), compute).transpose(0, 3, 1, 2)
+
+
+def over_outputs(
+    g: Float[Array, "batch queries kv_heads group width"],
+    out: Float[Array, "batch queries kv_heads group width"],
+    compute: str,
+) -> Float[Array, "batch kv_heads queries group 1"]:
+    """Each query's mean of d p over its keys, weighted by p, from the gradient g of its output (arXiv:2205.14135,
+    appendix B.2): sum_s p_s (g . v_s) = g . sum_s p_s v_s = g . out. g is rounded as the product that gives d p does.
+
+    XLA's CPU library takes up sums of products and is ten times slower at them than at sums; it leaves the select.
+    """
+    g = g.astype(jnp.dtype(compute)).astype(jnp.float32)
+    products = jnp.where(jnp.isfinite(g), g * out, jnp.nan)
+    return products.sum(-1, keepdims=True).transpose(0, 2, 1, 3, 4)
