@@ -17,7 +17,18 @@ from llamax.model.flash import COVERS, by_device, covering
 from llamax.model.linear import contract, parameter, weight
 from llamax.model.norm import Normalize
 from llamax.model.position import alibi_slopes, logit_scale, query_temperature, rotate
-from llamax.model.scores import Logits, Sight, Span, in_groups, over_keys, over_outputs, over_queries, product, scored, whole
+from llamax.model.scores import (
+    Logits,
+    Sight,
+    Span,
+    in_groups,
+    over_keys,
+    over_outputs,
+    over_queries,
+    product,
+    scored,
+    whole,
+)
 from llamax.model.statistics import Statistics
 
 

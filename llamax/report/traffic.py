@@ -9,6 +9,7 @@ layout, on TPUs) cost nothing.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from llamax.report.hlo import Instruction, Program, type_bytes
 
@@ -22,12 +23,17 @@ _VIEWS = ("bitcast", "reshape", "convert", "copy", "transpose")  # what may stan
 
 def memory_traffic(program: Program) -> float:
     """Bytes one device reads and writes in a step."""
+    return sum(times * size for _, times, size in traffic_of(program))
+
+
+def traffic_of(program: Program) -> Iterator[tuple[Instruction, float, float]]:
+    """(instruction, how often it runs, bytes it reads and writes each time) of all that move some: a GPU's kernels."""
     fused = {part.calls for part in program.instructions.values() if part.opcode == "fusion"}
-    total = 0.0
     for computation, times in program.executions.items():
         if computation not in fused and times:
-            total += times * sum(_bytes(program, part) for part in program.computations.get(computation, ()))
-    return total
+            for part in program.computations.get(computation, ()):
+                if (size := _bytes(program, part)) > 0:
+                    yield part, times, size
 
 
 def _bytes(program: Program, part: Instruction) -> float:

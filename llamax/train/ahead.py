@@ -96,7 +96,7 @@ def compile_ahead(request: Request, folder: Path) -> dict[str, Any]:
     from llamax.train.step import make_dispatch
 
     jax.config.update("jax_compilation_cache_dir", None)
-    devices = _devices(request)
+    devices = devices_of(request)
     config = validate(RunConfig, request.config, "config")
     rules, mesh, abstract = share_places(config, devices)
     if mesh.size != request.devices:
@@ -139,7 +139,7 @@ def compile_ahead(request: Request, folder: Path) -> dict[str, Any]:
     return answer
 
 
-def _devices(request: Request) -> list[Any]:
+def devices_of(request: Request) -> list[Any]:
     import jax
     from jax.experimental import topologies
 

@@ -245,7 +245,7 @@ def make_dispatch(config: RunConfig, rules: Rules, mesh: Mesh, abstract: TrainSt
 
 
 CPU_OPTIONS = {
-    "xla_backend_optimization_level": 2,  # LLVM's: a quarter less to compile than 3, steps as fast and equal bit for bit
+    "xla_backend_optimization_level": 2,  # of LLVM: a quarter less to compile than 3, steps equal bit for bit
     "xla_cpu_prefer_vector_width": 512,  # where a CPU has AVX-512: exponentials of small models in half the time
 }
 

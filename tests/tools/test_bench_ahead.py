@@ -1,0 +1,71 @@
+"""tools/bench_ahead.py: what it counts in a program, and the decoding step where a CUDA compiler is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+# A loop whose length is data, around a sum of two arrays and a copy that turns one; before it, a copy of the dispatch.
+TEXT = """HloModule m
+
+%added (p: f32[8,4], q: f32[8,4]) -> f32[8,4] {
+  %p = f32[8,4]{1,0} parameter(0)
+  %q = f32[8,4]{1,0} parameter(1)
+  ROOT %sum = f32[8,4]{1,0} add(%p, %q)
+}
+
+%body (s: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %s = (s32[], f32[8,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %x = f32[8,4]{1,0} get-tuple-element(%s), index=1
+  %turned = f32[8,4]{0,1} copy(%x)
+  %y = f32[8,4]{1,0} fusion(%x, %turned), kind=kLoop, calls=%added
+  ROOT %next = (s32[], f32[8,4]{1,0}) tuple(%i, %y)
+}
+
+%more (s: (s32[], f32[8,4])) -> pred[] {
+  %s.1 = (s32[], f32[8,4]{1,0}) parameter(0)
+  ROOT %go = pred[] custom-call(%s.1), custom_call_target="whether"
+}
+
+ENTRY %main (n: s32[], x: f32[8,4]) -> f32[8,4] {
+  %n = s32[] parameter(0)
+  %x.1 = f32[8,4]{1,0} parameter(1)
+  %own = f32[8,4]{1,0} copy(%x.1)
+  %start = (s32[], f32[8,4]{1,0}) tuple(%n, %own)
+  %loop = (s32[], f32[8,4]{1,0}) while(%start), condition=%more, body=%body
+  ROOT %out = f32[8,4]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_costs_are_those_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(TOOLS))
+    from bench_ahead import costs
+
+    array = 4 * 8 * 4
+    assert costs(TEXT, bandwidth=1e6) == {
+        "kernels": 2,
+        "bytes": 5 * array,
+        "bytes_of_moves": 2 * array,
+        "milliseconds_at_bandwidth": 1e3 * 5 * array / 1e6,
+    }
+
+
+@pytest.mark.skipif(
+    not any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13)), reason="no CUDA compiler: llamax[cuda]"
+)
+def test_a_decoding_step_turns_no_cache(tmp_path: Path) -> None:
+    """It reads 2.04 GB of weights and cache (device_check.py); a cache turned in every layer adds 0.2."""
+    command = [sys.executable, str(TOOLS / "bench_ahead.py"), "--only", "decode", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    (row,) = json.loads(next(tmp_path.glob("*-h200-ahead.json")).read_text())["rows"]
+    assert 2.0e9 < row["bytes"] < 2.25e9
+    assert row["bytes_of_moves"] < 0.05 * row["bytes"]

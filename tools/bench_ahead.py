@@ -1,0 +1,153 @@
+"""What rows of device_check.py cost at least, from their programs compiled for a GPU that is not there.
+
+    python tools/bench_ahead.py                      (needs llamax[cuda], no GPU; two minutes)
+    python tools/bench_ahead.py --gpu h100 --only decode --out benchmarks
+
+A line a program: kernels a step, bytes they read and write (llamax/report/traffic.py), how many of those only copy or
+turn arrays, and the milliseconds they take at the memory's full speed, which is a lower bound. What a dispatch does
+before and after its steps is left out. Tiles are not searched for, so products may be other kernels than on a GPU that
+is there; what they read and write is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MEMBERS, CAPACITY = 16, 512  # of a population; slots of the cache that device_check.py's decoding ends with
+Row = dict[str, Any]
+
+
+def decode(device: Any) -> Iterator[tuple[str, Any]]:
+    """One step of the 1B model in bfloat16 for one row."""
+    import jax
+    import jax.numpy as jnp
+    from device_sections import DENSE, config_of
+
+    from llamax.generate import engine
+    from llamax.generate.sampling import Rows, Sampling, rows_of
+    from llamax.generate.serving import for_serving
+    from llamax.model.cache import init_cache
+    from llamax.model.execution import Execution
+    from llamax.model.transformer import Transformer
+
+    config, execution = config_of(DENSE["1B"], 1).model, Execution("bfloat16", "bfloat16")
+    place = jax.sharding.SingleDeviceSharding(device)
+
+    def arguments(key: Any) -> Any:
+        model = for_serving(Transformer(config, key=key), execution, inputs_last=True)
+        zero = jnp.zeros(1, jnp.int32)
+        rows = Rows(*(jnp.asarray(column) for column in rows_of([Sampling(0.0)])))
+        request = engine.Request(rows, jax.vmap(jax.random.key)(zero), zero, jnp.zeros(4, jnp.int32))
+        cache = init_cache(model.config, 1, CAPACITY, execution.activation)
+        state = engine.State(zero, zero, jnp.zeros(1, bool))
+        return model, state, cache, request, jnp.zeros(1, bool), jnp.int32(0)
+
+    step = functools.partial(engine._decode, execution=execution, turned=True)
+    shapes = on(place, jax.eval_shape(arguments, jax.random.key(0)))
+    yield "decode 1B bf16, batch 1", jax.jit(step, donate_argnums=(1, 2)).lower(*shapes)
+
+
+def packing(device: Any) -> Iterator[tuple[str, Any]]:
+    """A member alone, and a population of them, as device_check.py times them; S3 with a bfloat16 stream too."""
+    import jax
+    from bench_sides import SHAPES, run_config
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from llamax.mesh.rules import load_rules, make_mesh
+    from llamax.train.population import MEMBER, population_dispatch
+    from llamax.train.state import abstract_state
+    from llamax.train.step import execution_of, make_dispatch
+
+    for name, stream in (("S1", "float32"), ("S2", "float32"), ("S3", "float32"), ("S3", "bfloat16")):
+        config = run_config(SHAPES[name], "bfloat16")
+        train = config.train.model_copy(update={"unroll_layers": True, "activation_dtype": stream})
+        config = config.model_copy(update={"train": train})
+        rules, mesh = load_rules(config.mesh.rules), make_mesh(config.mesh, [device])
+        abstract, what = abstract_state(config, rules, mesh), name if stream == "float32" else f"{name} ({stream})"
+        shape = (train.steps_per_dispatch, train.batch_size, train.seq_len + 1)
+        given = ({"tokens": jax.ShapeDtypeStruct(shape, np.int32)}, jax.ShapeDtypeStruct((), np.int32))
+        placed = on(NamedSharding(mesh, PartitionSpec()), given)
+        yield f"{what}, a member alone", make_dispatch(config, rules, mesh, abstract).lower(abstract, *placed)  # type: ignore[attr-defined]
+        members = Mesh(np.array([device]), (MEMBER,))
+        cut = NamedSharding(members, PartitionSpec(MEMBER))
+        stacked = on(cut, (abstract, *given), MEMBERS)
+        together = population_dispatch(config, execution_of(config, rules, mesh), members, batched=True)
+        yield f"{what}, {MEMBERS} members", jax.jit(together, donate_argnums=0, out_shardings=cut).lower(*stacked)
+
+
+SECTIONS = {"decode": decode, "packing": packing}
+
+
+def on(place: Any, tree: Any, *lead: int) -> Any:
+    """The shapes of `tree`, behind leading axes, at `place`."""
+    import jax
+
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.dtype, sharding=place), tree)
+
+
+# What computes nothing, but may turn, cut or join arrays or change their type.
+ORDERS = {"copy", "transpose", "slice", "concatenate"}
+IDLE = {"fusion", "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "reshape", "broadcast", "convert"}
+
+
+def costs(text: str, bandwidth: float) -> Row:
+    """The figures of one step of a compiled program, from its text."""
+    from llamax.report.hlo import parse_program
+    from llamax.report.traffic import traffic_of
+
+    program = parse_program(text)
+    around = {part.name for part in program.computations[program.entry]}
+    parts = [(part, times, size) for part, times, size in traffic_of(program) if part.name not in around]
+    moved = sum(times * size for _, times, size in parts)
+    opcodes = [(set(program.opcodes(part)), times * size) for part, times, size in parts]
+    return {
+        "kernels": round(sum(times for _, times, _ in parts)),
+        "bytes": moved,
+        "bytes_of_moves": sum(size for found, size in opcodes if found & ORDERS and found <= ORDERS | IDLE),
+        "milliseconds_at_bandwidth": 1e3 * moved / bandwidth,
+    }
+
+
+def main() -> None:
+    """Compile what was asked for, print the table, and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", choices=("h100", "h200"), default="h200")
+    parser.add_argument("--only", nargs="*", choices=tuple(SECTIONS), default=tuple(SECTIONS))
+    parser.add_argument("--out", type=Path, help="folder for DATE-GPU-ahead.json")
+    asked = parser.parse_args()
+
+    from llamax.accounting.topology import KINDS
+    from llamax.train.ahead import Request, devices_of, environment
+
+    kind = KINDS[asked.gpu]
+    request = Request({}, "cuda", "1x1x1", 1, kind.device_kind, kind.memory, kind.bandwidth)
+    os.environ.update(environment(request))  # read when JAX is imported
+    device = devices_of(request)[0]
+    rows: list[Row] = []
+    print(f"{'program':32s} {'kernels':>8s} {'GB':>8s} {'of moves':>9s} {'ms at ' + asked.gpu:>11s}")
+    for name in asked.only:
+        for what, lowered in SECTIONS[name](device):
+            row = {"what": what, **costs(lowered.compile().as_text(), kind.bandwidth)}
+            rows.append(row)
+            print(
+                f"{what:32s} {row['kernels']:>8d} {row['bytes'] / 1e9:>8.2f} {row['bytes_of_moves'] / 1e9:>9.2f} "
+                f"{row['milliseconds_at_bandwidth']:>11.2f}",
+                flush=True,
+            )
+    if asked.out:
+        path = asked.out / f"{datetime.date.today().isoformat()}-{asked.gpu}-ahead.json"
+        path.write_text(json.dumps({"command": " ".join(sys.argv), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
