@@ -63,7 +63,8 @@ def packing(device: Any) -> Iterator[tuple[str, Any]]:
     from bench_sides import SHAPES, run_config
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from llamax.mesh.rules import load_rules, make_mesh
+    from llamax.config.mesh import load_rules
+    from llamax.mesh.rules import make_mesh
     from llamax.train.population import MEMBER, population_dispatch
     from llamax.train.state import abstract_state
     from llamax.train.step import execution_of, make_dispatch

@@ -30,7 +30,8 @@ def compile_step(layers: int, unroll: bool | None, width: int = 128, vocab: int 
     import numpy as np
 
     from llamax.config.load import run_from_data
-    from llamax.mesh.rules import batch_sharding, load_rules, make_mesh
+    from llamax.config.mesh import load_rules
+    from llamax.mesh.rules import batch_sharding, make_mesh
     from llamax.train.state import abstract_state
     from llamax.train.step import make_dispatch
 

@@ -43,9 +43,10 @@ def feed(store: Store, batch: int, seq: int, dispatches: int = 200, capacity: in
     """Seconds and tokens of loading `capacity` steps at a time, the median of `dispatches` loads."""
     import jax
 
+    from llamax.config.mesh import load_rules
     from llamax.config.run import MeshConfig
     from llamax.data.batches import TrainBatches
-    from llamax.mesh.rules import batch_sharding, load_rules, make_mesh
+    from llamax.mesh.rules import batch_sharding, make_mesh
     from llamax.train.setup import load_dispatch
 
     place = batch_sharding(load_rules("default"), make_mesh(MeshConfig(), jax.devices()[:1]), leading=1)

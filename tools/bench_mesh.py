@@ -30,9 +30,10 @@ import numpy as np
 from scipy.optimize import nnls
 
 from llamax.accounting.layout import SIMULATED, Rates, estimate, layouts, rates_of
+from llamax.config.mesh import load_rules
 from llamax.config.run import RunConfig
 from llamax.errors import UserError
-from llamax.mesh.rules import batch_sharding, load_rules
+from llamax.mesh.rules import batch_sharding
 from llamax.train.setup import share_places
 from llamax.train.state import init_state
 from llamax.train.step import make_dispatch

@@ -68,7 +68,8 @@ def llamax_side(shape: dict[str, int], compute: str) -> Side:
     import jax.numpy as jnp
 
     from llamax.accounting.params import count_params
-    from llamax.mesh.rules import load_rules, make_mesh
+    from llamax.config.mesh import load_rules
+    from llamax.mesh.rules import make_mesh
     from llamax.train.state import abstract_state, init_state
     from llamax.train.step import make_dispatch
 

@@ -132,7 +132,8 @@ def _timed(config: Any, tiny: bool) -> Row:
     import numpy as np
 
     from llamax.accounting import count_params, mfu, training_flops_per_token
-    from llamax.mesh.rules import load_rules, make_mesh
+    from llamax.config.mesh import load_rules
+    from llamax.mesh.rules import make_mesh
     from llamax.train.remat import rematerialization
     from llamax.train.state import abstract_state, init_state
     from llamax.train.step import execution_of, make_dispatch

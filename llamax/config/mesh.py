@@ -8,9 +8,13 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from llamax.config.base import Frozen
+from llamax.config.files import find, read_yaml
+from llamax.errors import UserError
 
 # From the axis whose devices talk least to the one whose devices talk most: a machine's neighbours differ in the last.
 AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
+
+Rules = dict[str, tuple[str, ...]]  # logical axis -> mesh axes
 
 
 class MeshConfig(Frozen):
@@ -70,3 +74,27 @@ class MeshConfig(Frozen):
         """The same on so many devices: -1 becomes what the others leave, one at least. Whether it fits is not asked."""
         taken = math.prod(size for size in self.sizes.values() if size > 0)
         return {axis: size if size > 0 else max(devices // taken, 1) for axis, size in self.sizes.items()}
+
+
+def load_rules(name: str) -> Rules:
+    """The preset `configs/meshes/<name>.yaml` (or a path) as logical axis -> mesh axes.
+
+    Raises:
+        UserError: unknown preset, or a rule that names no mesh axis.
+    """
+    rules: Rules = {}
+    for logical, target in read_yaml(find("meshes", name, "mesh rules")).items():
+        axes = () if target is None else (target,) if isinstance(target, str) else tuple(target)
+        if bad := [axis for axis in axes if axis not in AXES]:
+            raise UserError(
+                f"mesh rules {name}: {logical} -> {bad[0]!r} is not a mesh axis; use one of {', '.join(AXES)} or null"
+            )
+        if (logical == "batch" and "context" in axes) or (logical != "layers" and "stage" in axes):
+            raise UserError(
+                f"mesh rules {name}: {logical} -> {list(axes)}: context cuts sequences and weights but no batch, stage "
+                "cuts layers alone; change that rule"
+            )
+        rules[logical] = axes
+    if "batch" not in rules:
+        raise UserError(f"mesh rules {name}: batch has no rule; add `batch: [data, fsdp, expert]`")
+    return rules

@@ -13,12 +13,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from llamax.config.mesh import Rules, load_rules
 from llamax.config.model import ModelConfig
 from llamax.config.rotary import RopeLongrope
 from llamax.errors import UserError
 from llamax.generate.sampling import Rows, Sampling, rows_of, sample
 from llamax.generate.serving import MOST_LAYERS, for_serving, upright
-from llamax.mesh.rules import Rules, batch_ways, load_rules, shardings, spec_of
+from llamax.mesh.rules import batch_ways, shardings, spec_of
 from llamax.model.cache import Cache, init_cache, map_cache
 from llamax.model.execution import Execution
 from llamax.model.kernels import host_of

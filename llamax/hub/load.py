@@ -17,6 +17,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import Array
 
 from llamax.config.load import run_from_data, validate
+from llamax.config.mesh import load_rules
 from llamax.config.model import ModelConfig
 from llamax.config.run import RunConfig
 from llamax.errors import UserError
@@ -25,7 +26,7 @@ from llamax.hub.dialects import Dialect, ignored, read_config
 from llamax.hub.plan import Piece, Target, compare, hub_shapes, plan
 from llamax.hub.safetensors import strict_json
 from llamax.hub.tokenizer import tokenizer_data
-from llamax.mesh.rules import load_rules, shardings
+from llamax.mesh.rules import shardings
 from llamax.model.transformer import Transformer
 
 CONFIG = "config.json"

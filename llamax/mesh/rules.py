@@ -9,36 +9,9 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llamax.config.files import find, read_yaml
-from llamax.config.mesh import AXES, MeshConfig
+from llamax.config.mesh import AXES, MeshConfig, Rules
 from llamax.errors import UserError
 from llamax.mesh.layout import laid_out
-
-Rules = dict[str, tuple[str, ...]]
-
-
-def load_rules(name: str) -> Rules:
-    """The preset `configs/meshes/<name>.yaml` (or a path) as logical axis -> mesh axes.
-
-    Raises:
-        UserError: unknown preset, or a rule that names no mesh axis.
-    """
-    rules: Rules = {}
-    for logical, target in read_yaml(find("meshes", name, "mesh rules")).items():
-        axes = () if target is None else (target,) if isinstance(target, str) else tuple(target)
-        if bad := [axis for axis in axes if axis not in AXES]:
-            raise UserError(
-                f"mesh rules {name}: {logical} -> {bad[0]!r} is not a mesh axis; use one of {', '.join(AXES)} or null"
-            )
-        if (logical == "batch" and "context" in axes) or (logical != "layers" and "stage" in axes):
-            raise UserError(
-                f"mesh rules {name}: {logical} -> {list(axes)}: context cuts sequences and weights but no batch, stage "
-                "cuts layers alone; change that rule"
-            )
-        rules[logical] = axes
-    if "batch" not in rules:
-        raise UserError(f"mesh rules {name}: batch has no rule; add `batch: [data, fsdp, expert]`")
-    return rules
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from llamax.config.mesh import MeshConfig
+from llamax.config.mesh import load_rules
 from llamax.config.sweep import SweepConfig
 
 if TYPE_CHECKING:
@@ -46,20 +47,15 @@ def _unmatched(cells: Sequence[Cell]) -> list[str]:
 def _mesh(cells: Sequence[Cell], devices: int | None) -> list[str]:
     result = []
     for cell in cells:
-        ways = _batch_ways(cell.config.mesh, devices)
-        micro = cell.batch // cell.config.train.grad_accumulation
+        mesh, micro = cell.config.mesh, cell.batch // cell.config.train.grad_accumulation
+        sizes, axes = mesh.over(devices or 1), load_rules(mesh.rules)["batch"]
+        ways = math.prod(sizes[axis] for axis in axes)
         if micro % ways:
             result.append(
-                f"{cell.name}: a microbatch of {micro} sequences does not divide over data x fsdp = {ways} devices; "
-                f"use a multiple of {ways}"
+                f"{cell.name}: a microbatch of {micro} sequences does not divide over {' x '.join(axes)} = {ways} "
+                f"devices; use a multiple of {ways}"
             )
     return result
-
-
-def _batch_ways(mesh: MeshConfig, devices: int | None) -> int:
-    """Devices a batch is split over: data x fsdp, with -1 standing for all devices the other axes leave."""
-    sizes = mesh.over(devices or 1)
-    return sizes["data"] * sizes["fsdp"]
 
 
 def _bracket(cells: Sequence[Cell], optimum: float) -> list[str]:

@@ -10,12 +10,12 @@ import jax
 
 from llamax.accounting.bits import bits_per_byte
 from llamax.config.load import run_from_data
-from llamax.config.mesh import MeshConfig
+from llamax.config.mesh import MeshConfig, load_rules
 from llamax.config.run import RunConfig
 from llamax.data.batches import eval_batches
 from llamax.data.open import open_data
 from llamax.errors import UserError
-from llamax.mesh.rules import batch_sharding, batch_ways, load_rules, make_mesh, shardings
+from llamax.mesh.rules import batch_sharding, batch_ways, make_mesh, shardings
 from llamax.mesh.start import start
 from llamax.model.transformer import Transformer
 from llamax.storage.copies import at_hand

@@ -11,13 +11,14 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Int64
 
 from llamax.accounting.horizon import horizon
+from llamax.config.mesh import Rules, load_rules
 from llamax.config.run import RunConfig
 from llamax.data.batches import TrainBatches, eval_batches
 from llamax.data.open import open_data
 from llamax.data.store import Store
 from llamax.errors import UserError
 from llamax.mesh.job import ALONE, Job
-from llamax.mesh.rules import Rules, batch_sharding, batch_ways, load_rules, make_mesh
+from llamax.mesh.rules import batch_sharding, batch_ways, make_mesh
 from llamax.mesh.slices import on_mesh, rows_of
 from llamax.train.axes import check_axes, pipeline_note
 from llamax.train.layout import layout_notes, ranked_layouts, with_layout

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import pytest
 
 from llamax.accounting.communication import communication
+from llamax.config.mesh import load_rules
 from llamax.config.run import RunConfig
-from llamax.mesh.rules import batch_sharding, load_rules, make_mesh
+from llamax.mesh.rules import batch_sharding, make_mesh
 from llamax.report.collectives import collectives
 from llamax.report.hlo import parse_program
 from llamax.train.state import abstract_state

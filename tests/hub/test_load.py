@@ -18,7 +18,7 @@ import pytest
 
 import llamax
 from llamax.config.load import run_from_data, validate
-from llamax.config.mesh import MeshConfig
+from llamax.config.mesh import MeshConfig, load_rules
 from llamax.config.model import ModelConfig
 from llamax.errors import UserError
 from llamax.hub import load as hub_load
@@ -27,7 +27,7 @@ from llamax.hub.dialects import read_config
 from llamax.hub.export import export_hf
 from llamax.hub.load import load_hf
 from llamax.hub.safetensors import Pending, write_file
-from llamax.mesh.rules import load_rules, make_mesh
+from llamax.mesh.rules import make_mesh
 from llamax.model.execution import Execution
 from llamax.model.transformer import Transformer
 from llamax.train.optimizer import make_optimizer

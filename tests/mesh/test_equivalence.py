@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llamax.config.mesh import load_rules
 from llamax.config.run import RunConfig
-from llamax.mesh.rules import batch_sharding, load_rules, make_mesh
+from llamax.mesh.rules import batch_sharding, make_mesh
 from llamax.train.state import abstract_state, init_state
 from llamax.train.step import make_dispatch
 

@@ -11,10 +11,10 @@ from jax.sharding import PartitionSpec
 
 from llamax.config.cards import card_names
 from llamax.config.load import load_model
-from llamax.config.mesh import MeshConfig
+from llamax.config.mesh import AXES, MeshConfig, Rules, load_rules
 from llamax.config.run import RunConfig
 from llamax.errors import UserError
-from llamax.mesh.rules import AXES, Rules, batch_sharding, batch_ways, load_rules, make_mesh, shardings, spec_of
+from llamax.mesh.rules import batch_sharding, batch_ways, make_mesh, shardings, spec_of
 from llamax.model.transformer import Transformer
 from llamax.train.state import abstract_state
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llamax.config.mesh import MeshConfig
+from llamax.config.mesh import MeshConfig, load_rules
 from llamax.errors import UserError
-from llamax.mesh.rules import batch_sharding, load_rules, make_mesh, shardings, spec_of
+from llamax.mesh.rules import batch_sharding, make_mesh, shardings, spec_of
 from llamax.model.cache import EMPTY, Cache, KeyValues, Latents, init_cache, map_cache, slot_positions
 from llamax.model.execution import Execution
 from llamax.model.transformer import Transformer

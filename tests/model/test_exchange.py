@@ -12,8 +12,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from llamax.config.components import DenseMlp, Init, MoeMlp, Router
-from llamax.config.mesh import MeshConfig
-from llamax.mesh.rules import batch_sharding, load_rules, make_mesh, shardings
+from llamax.config.mesh import MeshConfig, load_rules
+from llamax.mesh.rules import batch_sharding, make_mesh, shardings
 from llamax.model import exchange
 from llamax.model.execution import Execution
 from llamax.model.moe import MixtureOfExperts

@@ -166,9 +166,10 @@ def test_warns_of_identical_cells_and_of_the_mesh() -> None:
     twice = plan({"kind": "product", "fields": {"train.seed": [1, 1]}})
     assert "identical cells: seed1, seed1-2" in words(twice)
     odd = {"kind": "product", "fields": {"train.batch_size": [6]}}
-    assert "6 sequences does not divide over data x fsdp = 4 devices" in words(plan(odd, devices=4))
+    assert "6 sequences does not divide over data x fsdp x expert = 4 devices" in words(plan(odd, devices=4))
     assert "divide" not in words(plan(odd, devices=2))
-    assert "= 4 devices" in words(plan(odd, overrides=["mesh.data=2", "mesh.fsdp=2"]))
+    for axes in (["mesh.data=2", "mesh.fsdp=2"], ["mesh.data=2", "mesh.expert=2"]):
+        assert "= 4 devices" in words(plan(odd, overrides=axes)), "the rules cut a batch over all three"
 
 
 # ---------------------------------------------------------------- throughput

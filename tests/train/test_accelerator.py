@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import pytest
 
 from llamax.config.load import run_from_data
+from llamax.config.mesh import load_rules
 from llamax.config.run import RunConfig
-from llamax.mesh.rules import load_rules, make_mesh
+from llamax.mesh.rules import make_mesh
 from llamax.model.execution import Execution
 from llamax.train.state import TrainState, abstract_state
 from llamax.train.step import train_step

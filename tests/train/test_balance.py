@@ -11,8 +11,9 @@ import numpy as np
 import optax
 import pytest
 
+from llamax.config.mesh import load_rules
 from llamax.config.run import AdamW, Muon, RunConfig, Schedule
-from llamax.mesh.rules import batch_sharding, load_rules, make_mesh
+from llamax.mesh.rules import batch_sharding, make_mesh
 from llamax.model.execution import Execution
 from llamax.model.transformer import Transformer
 from llamax.train.balance import move_biases, split_loads

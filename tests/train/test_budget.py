@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import pytest
 
 from llamax.config.load import run_from_data
-from llamax.mesh.rules import load_rules, make_mesh
+from llamax.config.mesh import load_rules
+from llamax.mesh.rules import make_mesh
 from llamax.train.state import abstract_state
 from llamax.train.step import make_dispatch
 

@@ -13,8 +13,9 @@ import pytest
 
 from llamax.config.files import shipped
 from llamax.config.load import run_from_data
+from llamax.config.mesh import load_rules
 from llamax.config.run import RunConfig
-from llamax.mesh.rules import batch_sharding, load_rules, make_mesh
+from llamax.mesh.rules import batch_sharding, make_mesh
 from llamax.train.param_info import param_table
 from llamax.train.state import abstract_state, init_state
 from llamax.train.step import make_dispatch

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from llamax.config.mesh import load_rules
 from llamax.config.run import RunConfig
 from llamax.errors import Interrupted, UserError
-from llamax.mesh.rules import load_rules, make_mesh
+from llamax.mesh.rules import make_mesh
 from llamax.train.checkpoints import find_checkpoints
 from llamax.train.loop import train
 from llamax.train.packed import train_packed

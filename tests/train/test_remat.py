@@ -10,8 +10,9 @@ import pytest
 from llamax.accounting.memory import memory_bytes
 from llamax.accounting.params import count_params
 from llamax.config.load import load_run
+from llamax.config.mesh import load_rules
 from llamax.config.run import MeshConfig
-from llamax.mesh.rules import load_rules, make_mesh
+from llamax.mesh.rules import make_mesh
 from llamax.train.remat import SHARE, device_bytes, fitting, for_devices, rematerialization
 from llamax.train.step import execution_of
 

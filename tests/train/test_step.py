@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llamax.config.mesh import load_rules
 from llamax.config.run import RunConfig
 from llamax.errors import UserError
-from llamax.mesh.rules import load_rules, make_mesh
+from llamax.mesh.rules import make_mesh
 from llamax.model.execution import Execution
 from llamax.train.state import TrainState, hyper_of
 from llamax.train.step import AVERAGE_DECAY, Dispatch, execution_of, loss_and_gradients, straight_layers, train_step
