@@ -1,12 +1,12 @@
-"""What rows of device_check.py cost at least, from their programs compiled for a GPU that is not there.
+"""What rows of device_check.py move, from their programs compiled for a GPU that is not there.
 
-    python tools/bench_ahead.py                      (needs llamax[cuda], no GPU; two minutes)
+    python tools/bench_ahead.py                      (needs llamax[cuda], no GPU; a minute)
     python tools/bench_ahead.py --gpu h100 --only decode --out benchmarks
 
-A line a program: kernels a step, bytes they read and write (llamax/report/traffic.py), how many of those only copy or
-turn arrays, and the milliseconds they take at the memory's full speed, which is a lower bound. What a dispatch does
-before and after its steps is left out. Tiles are not searched for, so products may be other kernels than on a GPU that
-is there; what they read and write is the same.
+A line a program: kernels a step (a library's call is one), bytes they read and write (llamax/report/traffic.py), how
+many of those only copy, cut, join or turn arrays, and the milliseconds that all take at the memory's full speed, where
+nothing is found in a cache. What a dispatch does before and after its steps is left out. `--out` has the bytes by what
+moves them too. On a GPU that is there products may run in other tiles and sorts by a library.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def decode(device: Any) -> Iterator[tuple[str, Any]]:
 
     step = functools.partial(engine._decode, execution=execution, turned=True)
     shapes = on(place, jax.eval_shape(arguments, jax.random.key(0)))
-    yield "decode 1B bf16, batch 1", jax.jit(step, donate_argnums=(1, 2)).lower(*shapes)
+    jitted = jax.jit(step, donate_argnums=(1, 2), compiler_options=engine.STEP_OPTIONS)
+    yield "decode 1B bf16, batch 1", jitted.lower(*shapes)
 
 
 def packing(device: Any) -> Iterator[tuple[str, Any]]:
@@ -96,8 +97,8 @@ def on(place: Any, tree: Any, *lead: int) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.dtype, sharding=place), tree)
 
 
-# What computes nothing, but may turn, cut or join arrays or change their type.
-ORDERS = {"copy", "transpose", "slice", "concatenate"}
+# What computes nothing, but may copy, cut, join or turn arrays or change their type.
+ORDERS = {"copy", "transpose", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate", "pad", "reverse"}
 IDLE = {"fusion", "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "reshape", "broadcast", "convert"}
 
 
@@ -108,15 +109,36 @@ def costs(text: str, bandwidth: float) -> Row:
 
     program = parse_program(text)
     around = {part.name for part in program.computations[program.entry]}
-    parts = [(part, times, size) for part, times, size in traffic_of(program) if part.name not in around]
-    moved = sum(times * size for _, times, size in parts)
-    opcodes = [(set(program.opcodes(part)), times * size) for part, times, size in parts]
+    kernels, by = 0.0, dict[str, float]()
+    for part, times, size in traffic_of(program):
+        if part.name not in around:
+            kernels += times
+            what = mover(program, part)
+            by[what] = by.get(what, 0.0) + times * size
     return {
-        "kernels": round(sum(times for _, times, _ in parts)),
-        "bytes": moved,
-        "bytes_of_moves": sum(size for found, size in opcodes if found & ORDERS and found <= ORDERS | IDLE),
-        "milliseconds_at_bandwidth": 1e3 * moved / bandwidth,
+        "kernels": round(kernels),
+        "bytes": sum(by.values()),
+        "bytes_of_moves": by.get(MOVES, 0.0),
+        "milliseconds_at_bandwidth": 1e3 * sum(by.values()) / bandwidth,
+        "bytes_by": dict(sorted(by.items(), key=lambda item: -item[1])),
     }
+
+
+MOVES = "moves"
+
+
+def mover(program: Any, part: Any) -> str:
+    """What an instruction is counted under: moves, products, a library's call, or the file that its arithmetic is
+    from (casts and gates beside a product: that of the product)."""
+    opcodes = set(program.opcodes(part))
+    if opcodes & ORDERS and opcodes <= ORDERS | IDLE:
+        return MOVES
+    if "dot" in opcodes or "cublas" in part.target:
+        return "products"
+    if part.target:
+        return part.target
+    frames = program.source(part)[1]
+    return Path(frames[0].split(":")[0]).name if frames else "other"
 
 
 def main() -> None:

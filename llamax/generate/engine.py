@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -31,6 +33,9 @@ FOREVER = 2**30  # longer than any text
 PREFILL = 1024  # columns of a prompt read at once: the memory for scores is this times the capacity
 MOST_STEPS = 16  # decoding steps of one dispatch
 DISPATCH_SECONDS = 0.05  # what a dispatch aims at, so that text keeps flowing
+# Of decoding on a CUDA device, where training leaves products to cuBLAS (mesh/flags.py): for the few queries of a token
+# that pads them, and turns the keys and values in every layer.
+STEP_OPTIONS = {"xla_gpu_enable_triton_gemm": True}
 
 
 class State(NamedTuple):
@@ -272,7 +277,8 @@ class Engine:
             bound = functools.partial(f, execution=self.execution, turned=self._inputs_last) if name != "draw" else f
             out = self._out(name, args)
             placed: dict[str, Any] = {} if out is None else {"out_shardings": out}
-            jitted = jax.jit(bound, donate_argnums=donate, **placed)
+            options = STEP_OPTIONS if name == "steps" and _on_cuda() else None
+            jitted = jax.jit(bound, donate_argnums=donate, compiler_options=options, **placed)
             self._programs[key] = jitted.lower(*args).compile()
             self._compile_seconds += time.perf_counter() - start
         return self._programs[key](*args)
@@ -365,6 +371,7 @@ def _decode(
         reads = (~state.done).astype(jnp.int32)
         one = upright(model) if turned else model  # inside the loop, where they are views
         logits, cache = one.decode(jnp.maximum(state.token, 0)[:, None], cache, reads, execution)
+        cache = in_order(cache) if turned else cache
         state = _draw(logits[:, 0], state, request)
         return state, cache, out.at[:, i].set(state.token)
 
@@ -372,10 +379,25 @@ def _decode(
     return jax.lax.fori_loop(0, count, step, (state, cache, out))
 
 
+def in_order(cache: Cache) -> Cache:
+    """The cache with its arrays pinned as they are written, row by row. Of a loop the compiler of a GPU would choose
+    another order, that of the new token's kernel, and turn every layer's part twice a step. For one device: XLA gathers
+    what a pin is put on."""
+
+    def pinned(array: Array) -> Array:
+        return with_layout_constraint(array, Layout(major_to_minor=tuple(range(array.ndim))))
+
+    return dataclasses.replace(cache, layers=jax.tree.map(pinned, cache.layers))
+
+
 def reads_rows(config: ModelConfig) -> bool:
     """Whether matrices are kept with their inputs last: on a CUDA device, where `linear` sums over them for one row,
     and for layers that are arrays by themselves, as turning a stack in a scan might copy it."""
-    return host_of(jax.devices()[:1]).platform == "cuda" and len(config.layers) <= MOST_LAYERS
+    return _on_cuda() and len(config.layers) <= MOST_LAYERS
+
+
+def _on_cuda() -> bool:
+    return host_of(jax.devices()[:1]).platform == "cuda"
 
 
 def _mesh_of(model: Transformer) -> Mesh | None:

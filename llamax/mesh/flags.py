@@ -11,7 +11,8 @@ import os
 from collections.abc import Mapping, MutableMapping
 
 # GPU: large bfloat16 products run on cuBLAS, which needs no search over Triton tilings at compile time; collectives
-# overlap with compute; the host-bound small models keep XLA's default command buffers. CPU and TPU: none has paid.
+# overlap with compute; the host-bound small models keep XLA's default command buffers. TPU: none has paid.
+# CPU: a dispatch has options of its own (train/step.py), as decoding has on a GPU (generate/engine.py).
 FLAGS: dict[str, dict[str, str]] = {
     "cpu": {},
     "gpu": {

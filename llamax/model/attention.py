@@ -48,7 +48,7 @@ def attend(
     The backward rule is explicit: it multiplies in `compute` with float32 accumulation and avoids the masks and
     reductions autodiff leaves behind.
     """
-    return _attend(q, k, v, sight, logits, compute)[0]
+    return _attend(q, k, v, sight, logits, compute)[0].astype(q.dtype)
 
 
 def _attend(
@@ -63,7 +63,7 @@ def _attend(
         outs.append(over_keys(p, v[:, span.keys], compute))
         saved.append(p.astype(jnp.dtype(compute)))
     out = jnp.concatenate(outs, axis=1) if len(outs) > 1 else outs[0]
-    return out.reshape(*q.shape[:3], -1).astype(q.dtype), (saved, slopes)
+    return out.reshape(*q.shape[:3], -1), (saved, slopes)
 
 
 MOST_SPANS = 8  # of one call: half of all scores are never seen, and 8 spans compute 1/16 of all for nothing
@@ -88,7 +88,7 @@ def spans(queries: int, keys: int, sight: Sight, logits: Logits) -> list[Span]:
 
 def _attend_forward(q, k, v, sight, logits, compute):  # type: ignore[no-untyped-def]
     out, saved = _attend(q, k, v, sight, logits, compute)
-    return out, (q, k, v, sight, out, saved)
+    return out.astype(q.dtype), (q, k, v, sight, out, saved)
 
 
 def _attend_backward(logits, compute, kept, g):  # type: ignore[no-untyped-def]

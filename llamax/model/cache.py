@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from llamax.config.components import Attention, LatentAttention
@@ -167,13 +166,11 @@ def _write(
 
 
 def _write_one(stack: Array, layer: Array, new: Array, step: Step) -> Array:
-    """One token of one row: a slice in place, where the compiler of a GPU would turn the whole stack for a scatter. It
-    would also keep the stack in the order of the new token's kernel and turn it twice a step; so the order is given."""
+    """One token of one row: a slice in place, where the compiler of a GPU would turn the whole stack for a scatter."""
     place = step.positions[0, 0] % stack.shape[-2]
     start = (layer, *[jnp.int32(0)] * (new.ndim - 2), place, jnp.int32(0))
     old = jax.lax.dynamic_slice(stack, start, (1, *new.shape))
-    written = jax.lax.dynamic_update_slice(stack, jnp.where(step.counts[0] > 0, new[None], old), start)
-    return with_layout_constraint(written, Layout(major_to_minor=tuple(range(written.ndim))))
+    return jax.lax.dynamic_update_slice(stack, jnp.where(step.counts[0] > 0, new[None], old), start)
 
 
 def slot_positions(slots: int, lengths: Int[Array, " batch"]) -> Int[Array, "batch slots"]:

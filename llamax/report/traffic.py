@@ -27,7 +27,8 @@ def memory_traffic(program: Program) -> float:
 
 
 def traffic_of(program: Program) -> Iterator[tuple[Instruction, float, float]]:
-    """(instruction, how often it runs, bytes it reads and writes each time) of all that move some: a GPU's kernels."""
+    """(instruction, how often it runs, bytes it reads and writes each time) of all that move some: about the kernels of
+    a GPU, where a library's call counts as one."""
     fused = {part.calls for part in program.instructions.values() if part.opcode == "fusion"}
     for computation, times in program.executions.items():
         if computation not in fused and times:

@@ -140,6 +140,7 @@ def compile_ahead(request: Request, folder: Path) -> dict[str, Any]:
 
 
 def devices_of(request: Request) -> list[Any]:
+    """The devices of a request, described where they are not here."""
     import jax
     from jax.experimental import topologies
 

@@ -245,13 +245,13 @@ def make_dispatch(config: RunConfig, rules: Rules, mesh: Mesh, abstract: TrainSt
 
 
 CPU_OPTIONS = {
-    "xla_backend_optimization_level": 2,  # of LLVM: a quarter less to compile than 3, steps equal bit for bit
+    "xla_backend_optimization_level": 2,  # of LLVM: a quarter less to compile than 3, steps as fast
     "xla_cpu_prefer_vector_width": 512,  # where a CPU has AVX-512: exponentials of small models in half the time
 }
 
 
 def compiler_options(devices: Iterable[jax.Device]) -> dict[str, Any] | None:
-    """XLA's options for a dispatch: CPU_OPTIONS on CPUs (benchmarks/notes.md). One in XLA_FLAGS is left as it is."""
+    """XLA's options for a dispatch: CPU_OPTIONS on CPUs (benchmarks/notes.md). Those in XLA_FLAGS are left alone."""
     if any(device.platform != "cpu" for device in devices):
         return None
     return {name: value for name, value in CPU_OPTIONS.items() if name not in os.environ.get("XLA_FLAGS", "")}

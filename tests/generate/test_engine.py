@@ -12,9 +12,10 @@ import pytest
 from llamax.config.run import MeshConfig
 from llamax.errors import UserError
 from llamax.generate import engine as engine_module
-from llamax.generate.engine import NOTHING, Engine
+from llamax.generate.engine import NOTHING, Engine, in_order
 from llamax.generate.sampling import GREEDY, Sampling
 from llamax.mesh.rules import make_mesh
+from llamax.model.cache import init_cache
 from llamax.model.transformer import Transformer
 from tests.model.modules import small_model
 
@@ -90,6 +91,26 @@ def test_matrices_kept_with_their_inputs_last_say_the_same(style: str, monkeypat
     turned = engine.run(PROMPTS, [GREEDY] * 3, [0] * 3, 6)[0]
     assert [row.tolist() for row in turned] == [row.tolist() for row in plain]
     assert engine.run(PROMPTS[:1], [GREEDY], [0], 6)[0][0].tolist() == plain[0].tolist()
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_the_cache_is_pinned_on_one_gpu_alone(turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's compiler would turn it in each layer (benchmarks/README.md); cut over several devices, XLA would gather
+    what a pin is put on."""
+    pinned = []
+    monkeypatch.setattr(engine_module, "reads_rows", lambda config: True)
+    monkeypatch.setattr(engine_module, "in_order", lambda cache: pinned.append(cache) or in_order(cache))
+    mesh = None if turned else make_mesh(MeshConfig(data=1, tensor=2), jax.devices()[:2])
+    Engine(model_of("llama"), mesh).run(PROMPTS[:1], [GREEDY], [0], 4)
+    assert bool(pinned) == turned
+
+
+@pytest.mark.parametrize("style", ["llama", "sparse"])
+def test_every_array_of_the_cache_is_pinned_row_by_row(style: str) -> None:
+    cache = init_cache(model_of(style).config, 1, 16)
+    pinned = [line for line in jax.jit(in_order).lower(cache).as_text().splitlines() if "@LayoutConstraint" in line]
+    for array, line in zip(jax.tree.leaves(cache.layers), pinned, strict=True):
+        assert f"result_layouts = [dense<{list(reversed(range(array.ndim)))}>" in line
 
 
 def test_a_row_draws_the_same_alone_and_with_others_and_again() -> None:

@@ -100,6 +100,25 @@ def test_bfloat16_operands(name: str) -> None:
         assert float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) < 0.03
 
 
+def test_gradients_of_rounded_operands_take_the_output_s_gradient_rounded() -> None:
+    """In every product that it is part of, and in the mean that stands for one of them: else they would not cancel."""
+    q, k, v, g = (jnp.asarray(a) for a in inputs(4, 2, seq=40))
+    pull = jax.vjp(lambda *args: attend(*args, Sight(), Logits(0.5), "bfloat16"), q, k, v)[1]
+    for given, rounded in zip(pull(g), pull(g.astype(jnp.bfloat16).astype(jnp.float32)), strict=True):
+        np.testing.assert_array_equal(given, rounded)
+
+
+def test_a_narrow_stream_does_not_round_what_the_gradient_is_made_of() -> None:
+    """float32 products around a bfloat16 stream: as near to float32 as its own rounding, with sharp scores too."""
+    q, k, v, g = (jnp.asarray(a).astype(jnp.bfloat16) for a in inputs(4, 2, seq=40, dim=16))
+    found, wide = (
+        jax.vjp(lambda *args: attend(*args, Sight(), Logits(2.0), "float32"), *args)[1](out)
+        for args, out in (((q, k, v), g), (tuple(a.astype(jnp.float32) for a in (q, k, v)), g.astype(jnp.float32)))
+    )
+    for a, b in zip(found, wide, strict=True):
+        assert float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b)) < 2.5e-3  # 2^-9 and a little
+
+
 def test_window_counts_the_query_itself() -> None:
     """With values that are one-hot in position, the output shows which keys are seen."""
     seq = 6

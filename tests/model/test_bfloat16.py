@@ -17,6 +17,7 @@ import pytest
 from llamax.model.execution import Execution
 from llamax.model.loss import next_token_loss
 from llamax.model.transformer import Transformer
+from llamax.train.step import CPU_OPTIONS
 
 from .modules import small_config, small_model, tokens_of
 
@@ -66,8 +67,8 @@ def run(name: str, execution: Execution, chunk: int | None) -> tuple[float, np.n
     batch, seq, fields = SHAPES[name]
     model = small_model(scale=0.1, **fields)
     tokens = tokens_of(batch, seq + 1, small_config(**fields).vocab_size)
-    # At the level users have, not at conftest's: what is tested is the compiler.
-    options = {"xla_backend_optimization_level": 3} if execution.compute == "bfloat16" else None
+    # As users have it, not at conftest's level: what is tested is the compiler.
+    options = CPU_OPTIONS if execution.compute == "bfloat16" else None
     value, tree = jax.jit(gradient(execution, chunk), compiler_options=options)(model, tokens)
     leaves = jax.tree.leaves(tree)
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}

@@ -132,20 +132,6 @@ def test_a_single_row_equals_the_whole_sequence(name: str) -> None:
     jax.tree.map(np.testing.assert_array_equal, idle, cache)
 
 
-@pytest.mark.parametrize("name", ["full", "sparse"])
-def test_a_single_row_s_cache_keeps_its_order(name: str) -> None:
-    """Every array that a token is written to is pinned row by row: a GPU's compiler would choose another order for the
-    whole loop and turn the cache in each layer (benchmarks/README.md)."""
-    model = small_model(**VARIANTS[name])
-    cache = init_cache(model.config, 1, 12)
-    lowered = jax.jit(lambda m, c: m.decode(jnp.zeros((1, 1), jnp.int32), c)).trace(model, cache)
-    text = lowered.lower(lowering_platforms=("cuda",)).as_text()
-    pinned = [line for line in text.splitlines() if "@LayoutConstraint" in line]
-    row_major = ", ".join(str(axis) for axis in reversed(range(jax.tree.leaves(cache.layers)[0].ndim)))
-    assert len(pinned) == len(jax.tree.leaves(cache.layers))
-    assert all(f"result_layouts = [dense<[{row_major}]>" in line for line in pinned)
-
-
 @pytest.mark.parametrize("name", ["full", "window", "sparse"])
 def test_a_call_without_tokens_changes_nothing(name: str) -> None:
     model = small_model(**VARIANTS[name])

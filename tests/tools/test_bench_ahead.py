@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -56,16 +58,27 @@ def test_costs_are_those_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
         "bytes": 5 * array,
         "bytes_of_moves": 2 * array,
         "milliseconds_at_bandwidth": 1e3 * 5 * array / 1e6,
+        "bytes_by": {"other": 3 * array, "moves": 2 * array},
     }
+
+
+@pytest.mark.parametrize("section", ["decode", "packing"])
+def test_the_programs_can_be_lowered(section: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the CPU that is here: what they are made of has the names and arguments the tool knows."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+    import bench_ahead
+
+    made = list(itertools.islice(bench_ahead.SECTIONS[section](jax.devices("cpu")[0]), 2))
+    assert all("while" in lowered.as_text() for _, lowered in made)
 
 
 @pytest.mark.skipif(
     not any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13)), reason="no CUDA compiler: llamax[cuda]"
 )
 def test_a_decoding_step_turns_no_cache(tmp_path: Path) -> None:
-    """It reads 2.04 GB of weights and cache (device_check.py); a cache turned in every layer adds 0.2."""
+    """It reads 2.04 GB of weights and cache (device_check.py); turned in every layer, the cache adds 0.1 to 0.3."""
     command = [sys.executable, str(TOOLS / "bench_ahead.py"), "--only", "decode", "--out", str(tmp_path)]
     subprocess.run(command, check=True, cwd=tmp_path)
     (row,) = json.loads(next(tmp_path.glob("*-h200-ahead.json")).read_text())["rows"]
-    assert 2.0e9 < row["bytes"] < 2.25e9
-    assert row["bytes_of_moves"] < 0.05 * row["bytes"]
+    assert 2.0e9 < row["bytes"] < 2.1e9
+    assert row["bytes_of_moves"] < 0.01 * row["bytes"]

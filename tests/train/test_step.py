@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,16 @@ from llamax.errors import UserError
 from llamax.mesh.rules import make_mesh
 from llamax.model.execution import Execution
 from llamax.train.state import TrainState, hyper_of
-from llamax.train.step import AVERAGE_DECAY, Dispatch, execution_of, loss_and_gradients, straight_layers, train_step
+from llamax.train.step import (
+    AVERAGE_DECAY,
+    CPU_OPTIONS,
+    Dispatch,
+    compiler_options,
+    execution_of,
+    loss_and_gradients,
+    straight_layers,
+    train_step,
+)
 from tests.train.runs import MIXTURE, STEPS, assert_same_bits, go, prepare, run_config, tokens_of
 
 MOE = f"model.mlp={MIXTURE}"
@@ -330,3 +340,14 @@ def test_straight_code_by_platform():
     """Of GPUs only one alone: on several a scan keeps gathered weights from piling up."""
     found = [straight_layers(*place) for place in (("cpu", 2), ("gpu", 1), ("gpu", 2), ("tpu", 1))]
     assert found == [8, 64, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "left"),
+    [("", set(CPU_OPTIONS)), ("--xla_cpu_prefer_vector_width=256", set(CPU_OPTIONS) - {"xla_cpu_prefer_vector_width"})],
+)
+def test_options_of_a_dispatch(flags: str, left: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What XLA_FLAGS names is the user's, and only CPUs have options."""
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    assert compiler_options(jax.devices("cpu")) == {name: CPU_OPTIONS[name] for name in left}
+    assert compiler_options([Mock(spec=jax.Device, platform="gpu")]) is None
