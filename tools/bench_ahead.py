@@ -35,7 +35,7 @@ def decode(device: Any) -> Iterator[tuple[str, Any]]:
 
     from llamax.generate import engine
     from llamax.generate.sampling import Rows, Sampling, rows_of
-    from llamax.generate.serving import for_serving
+    from llamax.generate.serving import STEP_OPTIONS, for_serving
     from llamax.model.cache import init_cache
     from llamax.model.execution import Execution
     from llamax.model.transformer import Transformer
@@ -54,7 +54,7 @@ def decode(device: Any) -> Iterator[tuple[str, Any]]:
 
     step = functools.partial(engine._decode, execution=execution, turned=True)
     shapes = on(place, jax.eval_shape(arguments, jax.random.key(0)))
-    jitted = jax.jit(step, donate_argnums=(1, 2), compiler_options=engine.STEP_OPTIONS)
+    jitted = jax.jit(step, donate_argnums=(1, 2), compiler_options=STEP_OPTIONS)
     yield "decode 1B bf16, batch 1", jitted.lower(*shapes)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -11,20 +10,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from llamax.config.mesh import Rules, load_rules
-from llamax.config.model import ModelConfig
 from llamax.config.rotary import RopeLongrope
 from llamax.errors import UserError
 from llamax.generate.sampling import Rows, Sampling, rows_of, sample
-from llamax.generate.serving import MOST_LAYERS, for_serving, upright
+from llamax.generate.serving import STEP_OPTIONS, for_serving, on_cuda, reads_rows, upright
 from llamax.mesh.rules import batch_ways, shardings, spec_of
-from llamax.model.cache import Cache, init_cache, map_cache
+from llamax.model.cache import Cache, in_order, init_cache, map_cache
 from llamax.model.execution import Execution
-from llamax.model.kernels import host_of
 from llamax.model.position import rotary_kinds
 from llamax.model.transformer import Transformer
 
@@ -33,9 +29,6 @@ FOREVER = 2**30  # longer than any text
 PREFILL = 1024  # columns of a prompt read at once: the memory for scores is this times the capacity
 MOST_STEPS = 16  # decoding steps of one dispatch
 DISPATCH_SECONDS = 0.05  # what a dispatch aims at, so that text keeps flowing
-# Of decoding on a CUDA device, where training leaves products to cuBLAS (mesh/flags.py): for the few queries of a token
-# that pads them, and turns the keys and values in every layer.
-STEP_OPTIONS = {"xla_gpu_enable_triton_gemm": True}
 
 
 class State(NamedTuple):
@@ -277,7 +270,7 @@ class Engine:
             bound = functools.partial(f, execution=self.execution, turned=self._inputs_last) if name != "draw" else f
             out = self._out(name, args)
             placed: dict[str, Any] = {} if out is None else {"out_shardings": out}
-            options = STEP_OPTIONS if name == "steps" and _on_cuda() else None
+            options = STEP_OPTIONS if name == "steps" and on_cuda() else None
             jitted = jax.jit(bound, donate_argnums=donate, compiler_options=options, **placed)
             self._programs[key] = jitted.lower(*args).compile()
             self._compile_seconds += time.perf_counter() - start
@@ -377,27 +370,6 @@ def _decode(
 
     out = jnp.full((len(state.token), MOST_STEPS), NOTHING, jnp.int32)
     return jax.lax.fori_loop(0, count, step, (state, cache, out))
-
-
-def in_order(cache: Cache) -> Cache:
-    """The cache with its arrays pinned as they are written, row by row. Of a loop the compiler of a GPU would choose
-    another order, that of the new token's kernel, and turn every layer's part twice a step. For one device: XLA gathers
-    what a pin is put on."""
-
-    def pinned(array: Array) -> Array:
-        return with_layout_constraint(array, Layout(major_to_minor=tuple(range(array.ndim))))
-
-    return dataclasses.replace(cache, layers=jax.tree.map(pinned, cache.layers))
-
-
-def reads_rows(config: ModelConfig) -> bool:
-    """Whether matrices are kept with their inputs last: on a CUDA device, where `linear` sums over them for one row,
-    and for layers that are arrays by themselves, as turning a stack in a scan might copy it."""
-    return _on_cuda() and len(config.layers) <= MOST_LAYERS
-
-
-def _on_cuda() -> bool:
-    return host_of(jax.devices()[:1]).platform == "cuda"
 
 
 def _mesh_of(model: Transformer) -> Mesh | None:

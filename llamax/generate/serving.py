@@ -16,11 +16,15 @@ from jaxtyping import Array
 from llamax.config.load import validate
 from llamax.config.model import ModelConfig
 from llamax.model.execution import Execution
+from llamax.model.kernels import host_of
 from llamax.model.transformer import Transformer
 
 MOST_LAYERS = 64  # written out; a deeper model keeps its scan, as compilation grows with every layer
 # What a product casts anyway, so that the same numbers come out. Norms, biases and routers compute in float32.
 CAST = ("matrix", "head")
+# Of decoding on a CUDA device, where training leaves products to cuBLAS (mesh/flags.py): for the few queries of a token
+# that pads them, and turns the keys and values in every layer.
+STEP_OPTIONS = {"xla_gpu_enable_triton_gemm": True}
 
 
 def for_serving(model: Transformer, execution: Execution = Execution(), inputs_last: bool = False) -> Transformer:
@@ -76,6 +80,17 @@ def _written_out(config: ModelConfig) -> ModelConfig:
     data = config.as_dict()
     once = [{**segment, "repeat": 1} for segment in data["segments"] for _ in range(segment["repeat"])]
     return validate(ModelConfig, {**data, "segments": once}, "model")
+
+
+def reads_rows(config: ModelConfig) -> bool:
+    """Whether matrices are kept with their inputs last: on a CUDA device, where `linear` sums over them for one row,
+    and for layers that are arrays by themselves, as turning a stack in a scan might copy it."""
+    return on_cuda() and len(config.layers) <= MOST_LAYERS
+
+
+def on_cuda() -> bool:
+    """Whether the first device is one."""
+    return host_of(jax.devices()[:1]).platform == "cuda"
 
 
 def step_bytes(model: Transformer) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, MutableMapping
 
 # GPU: large bfloat16 products run on cuBLAS, which needs no search over Triton tilings at compile time; collectives
 # overlap with compute; the host-bound small models keep XLA's default command buffers. TPU: none has paid.
-# CPU: a dispatch has options of its own (train/step.py), as decoding has on a GPU (generate/engine.py).
+# CPU: a dispatch has options of its own (train/step.py), as decoding has on a GPU (generate/serving.py).
 FLAGS: dict[str, dict[str, str]] = {
     "cpu": {},
     "gpu": {

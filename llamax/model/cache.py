@@ -9,6 +9,7 @@ lengths.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from llamax.config.components import Attention, LatentAttention
@@ -130,6 +132,17 @@ def map_cache(cache: Cache, function: Callable[[tuple[str, ...], Array], Any]) -
         for stack in cache.layers
     )
     return Cache(function(("batch",), cache.lengths), PositionTables(rotary, added), layers, cache.capacity)
+
+
+def in_order(cache: Cache) -> Cache:
+    """The cache with its arrays pinned as they are written, row by row. Of a loop the compiler of a GPU would choose
+    another order, that of the new token's kernel, and turn every layer's part twice a step. For one device: XLA gathers
+    what a pin is put on."""
+
+    def pinned(array: Array) -> Array:
+        return with_layout_constraint(array, Layout(major_to_minor=tuple(range(array.ndim))))
+
+    return dataclasses.replace(cache, layers=jax.tree.map(pinned, cache.layers))
 
 
 def extend(slot: Slot, new: Kind, step: Step) -> tuple[Any, Kind, Int[Array, "batch keys"]]:

@@ -12,10 +12,10 @@ import pytest
 from llamax.config.run import MeshConfig
 from llamax.errors import UserError
 from llamax.generate import engine as engine_module
-from llamax.generate.engine import NOTHING, Engine, in_order
+from llamax.generate.engine import NOTHING, Engine
 from llamax.generate.sampling import GREEDY, Sampling
 from llamax.mesh.rules import make_mesh
-from llamax.model.cache import init_cache
+from llamax.model.cache import in_order, init_cache
 from llamax.model.transformer import Transformer
 from tests.model.modules import small_model
 
