@@ -89,7 +89,7 @@ def reads_rows(config: ModelConfig) -> bool:
 
 
 def on_cuda() -> bool:
-    """Whether the first device is one."""
+    """Whether the first device is a CUDA device."""
     return host_of(jax.devices()[:1]).platform == "cuda"
 
 
