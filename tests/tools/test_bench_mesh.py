@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -34,9 +37,11 @@ def test_the_fit_gives_back_the_rates_that_made_the_seconds() -> None:
 
 
 @pytest.mark.slow
-def test_the_pick_is_near_the_best(capsys: pytest.CaptureFixture[str]) -> None:
-    """Looser than the 1.3 of the benchmark, which runs on a quiet machine and with LLVM's optimizer."""
-    ratio, found = bench_mesh.compare("long", repeats=3)
-    assert ratio < 1.6
-    assert len(found) >= 10
-    assert "pick" in capsys.readouterr().out
+def test_the_pick_is_near_the_best() -> None:
+    """With LLVM's optimizer, not at conftest's level, as the benchmark; looser than its 1.3, for a busy machine."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, bench_mesh.__file__, "long", "--repeats", "3"]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
+    ratio, layouts = re.search(r"pick .*: ([\d.]+) \(the worst: [\d.]+; (\d+) layouts\)", said).groups()  # type: ignore[union-attr]
+    assert float(ratio) < 1.6
+    assert int(layouts) >= 10
