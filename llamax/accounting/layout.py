@@ -47,7 +47,7 @@ class Rates:
 
 
 # Two cores shared by eight simulated devices: guesses, of use for what they say of each other, as layouts are compared
-# and not timed. What they pick takes 1.09 to 1.17 of the best layout's time (benchmarks/README.md, "mesh=auto").
+# and not timed. What they pick takes 1.11 to 1.29 of the best layout's time (benchmarks/README.md, "mesh=auto").
 SIMULATED = Rates(peak=8e9, memory=1.5e9, link=0.5e9, network=0.5e9, latency=1e-4, domain=4096, cpu=True)
 UNKNOWN = Rates(peak=100e12, memory=1e12, link=50e9, network=10e9, latency=1e-5, domain=8)
 
