@@ -4,9 +4,10 @@
     python tools/bench_ahead.py --gpu h100 --only decode --out benchmarks
 
 A line a program: kernels a step (a library's call is one), bytes they read and write (llamax/report/traffic.py), how
-many of those only copy, cut, join or turn arrays, and the milliseconds that all take at the memory's full speed, where
-nothing is found in a cache. What a dispatch does before and after its steps is left out. `--out` has the bytes by what
-moves them too. On a GPU that is there products may run in other tiles and sorts by a library.
+many of those copy, cast, cut, join or turn arrays and compute nothing, and the milliseconds that all take at the
+memory's full speed, where nothing is found in a cache. What a dispatch does before and after its steps is left out.
+`--out` has the bytes by category and part too. On a GPU that is there products may run in other tiles and sorts by a
+library.
 """
 
 from __future__ import annotations
@@ -97,14 +98,14 @@ def on(place: Any, tree: Any, *lead: int) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.dtype, sharding=place), tree)
 
 
-# What computes nothing, but may copy, cut, join or turn arrays or change their type.
-ORDERS = {"copy", "transpose", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate", "pad", "reverse"}
-IDLE = {"fusion", "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "reshape", "broadcast", "convert"}
+ALONE = ("matmul", "kernel", "copy")  # categories that are counted by themselves; others by the part they are for
 
 
 def costs(text: str, bandwidth: float) -> Row:
-    """The figures of one step of a compiled program, from its text."""
+    """The figures of one step of a compiled program, from its text, by the categories and parts of `llamax profile`."""
     from llamax.report.hlo import parse_program
+    from llamax.report.profile import describe
+    from llamax.report.trace import Span
     from llamax.report.traffic import traffic_of
 
     program = parse_program(text)
@@ -112,33 +113,17 @@ def costs(text: str, bandwidth: float) -> Row:
     kernels, by = 0.0, dict[str, float]()
     for part, times, size in traffic_of(program):
         if part.name not in around:
-            kernels += times
-            what = mover(program, part)
+            found = describe(program, Span(0, 0, "", part.name, part.name, ""))
+            what = found.category if found.category in ALONE else found.part
             by[what] = by.get(what, 0.0) + times * size
+            kernels += times
     return {
         "kernels": round(kernels),
         "bytes": sum(by.values()),
-        "bytes_of_moves": by.get(MOVES, 0.0),
+        "bytes_of_copies": by.get("copy", 0.0),
         "milliseconds_at_bandwidth": 1e3 * sum(by.values()) / bandwidth,
         "bytes_by": dict(sorted(by.items(), key=lambda item: -item[1])),
     }
-
-
-MOVES = "moves"
-
-
-def mover(program: Any, part: Any) -> str:
-    """What an instruction is counted under: moves, products, a library's call, or the file that its arithmetic is
-    from (casts and gates beside a product: that of the product)."""
-    opcodes = set(program.opcodes(part))
-    if opcodes & ORDERS and opcodes <= ORDERS | IDLE:
-        return MOVES
-    if "dot" in opcodes or "cublas" in part.target:
-        return "products"
-    if part.target:
-        return part.target
-    frames = program.source(part)[1]
-    return Path(frames[0].split(":")[0]).name if frames else "other"
 
 
 def main() -> None:
@@ -157,13 +142,13 @@ def main() -> None:
     os.environ.update(environment(request))  # read when JAX is imported
     device = devices_of(request)[0]
     rows: list[Row] = []
-    print(f"{'program':32s} {'kernels':>8s} {'GB':>8s} {'of moves':>9s} {'ms at ' + asked.gpu:>11s}")
+    print(f"{'program':32s} {'kernels':>8s} {'GB':>8s} {'of copies':>9s} {'ms at ' + asked.gpu:>11s}")
     for name in asked.only:
         for what, lowered in SECTIONS[name](device):
             row = {"what": what, **costs(lowered.compile().as_text(), kind.bandwidth)}
             rows.append(row)
             print(
-                f"{what:32s} {row['kernels']:>8d} {row['bytes'] / 1e9:>8.2f} {row['bytes_of_moves'] / 1e9:>9.2f} "
+                f"{what:32s} {row['kernels']:>8d} {row['bytes'] / 1e9:>8.2f} {row['bytes_of_copies'] / 1e9:>9.2f} "
                 f"{row['milliseconds_at_bandwidth']:>11.2f}",
                 flush=True,
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -160,6 +161,7 @@ def over_outputs(
 
     XLA's CPU library takes up sums of products and is ten times slower at them than at sums; it leaves the select.
     """
-    g = g.astype(jnp.dtype(compute)).astype(jnp.float32)
+    rounded = jnp.finfo(compute)
+    g = jax.lax.reduce_precision(g.astype(jnp.float32), rounded.nexp, rounded.nmant)
     products = jnp.where(jnp.isfinite(g), g * out, jnp.nan)
     return products.sum(-1, keepdims=True).transpose(0, 2, 1, 3, 4)

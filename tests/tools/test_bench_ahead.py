@@ -56,9 +56,9 @@ def test_costs_are_those_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert costs(TEXT, bandwidth=1e6) == {
         "kernels": 2,
         "bytes": 5 * array,
-        "bytes_of_moves": 2 * array,
+        "bytes_of_copies": 2 * array,
         "milliseconds_at_bandwidth": 1e3 * 5 * array / 1e6,
-        "bytes_by": {"other": 3 * array, "moves": 2 * array},
+        "bytes_by": {"no source": 3 * array, "copy": 2 * array},
     }
 
 
@@ -81,4 +81,4 @@ def test_a_decoding_step_turns_no_cache(tmp_path: Path) -> None:
     subprocess.run(command, check=True, cwd=tmp_path)
     (row,) = json.loads(next(tmp_path.glob("*-h200-ahead.json")).read_text())["rows"]
     assert 2.0e9 < row["bytes"] < 2.1e9
-    assert row["bytes_of_moves"] < 0.01 * row["bytes"]
+    assert row["bytes_of_copies"] < 0.01 * row["bytes"]
