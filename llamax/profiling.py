@@ -65,7 +65,9 @@ def profile_to(source: str, overrides: list[str], steps: int | None, out: Path |
     from llamax.report.profile import summarize
     from llamax.report.trace import read_spans
     from llamax.train.profile import record
+    from llamax.train.replicas import use_cores
 
+    use_cores(config)  # as the run does
     with _workspace(folder) as work:
         recording = record(config, run, steps, work, progress)
         progress("read the trace", 0, 1)

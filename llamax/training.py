@@ -98,7 +98,10 @@ def _load(config: str, overrides: list[str], job: Job) -> RunConfig:
 
 def _train(config: RunConfig, where: Path, job: Job, quiet: bool) -> dict[str, Any]:
     from llamax.train.loop import train as train_run
+    from llamax.train.replicas import use_cores
 
+    if job.count == 1:
+        use_cores(config)
     if not job.leader:
         return train_run(config, where, job=job)
     if not quiet:

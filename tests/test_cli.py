@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 from llamax import cli
+from llamax.mesh.cpu import cores
+
+from .compiler import QUICK
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["model=ladder/d16", "train.steps=6", "train.batch_size=8", "train.seq_len=16", "log.every_steps=1"]
@@ -292,6 +295,23 @@ def test_start_to_first_step_is_quick(tmp_path: Path, store: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert time.perf_counter() - began < 30
+
+
+@pytest.mark.skipif(len(cores()) < 2, reason="needs two cores")
+@pytest.mark.parametrize(("said", "devices"), [({}, 2), ({"JAX_NUM_CPU_DEVICES": "1"}, 1)], ids=["default", "one"])
+def test_a_small_run_uses_two_cores_unless_told(
+    tmp_path: Path, store: Path, said: dict[str, str], devices: int
+) -> None:
+    run = tmp_path / "r"
+    words = ["train", "tiny", *TINY, "train.seq_len=32", f"data.store={store}", f"--run-dir={run}"]
+    free = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
+    done = subprocess.run(
+        [sys.executable, "-m", "llamax.cli", *words],
+        cwd=ROOT, capture_output=True, text=True, env={**free, "XLA_FLAGS": " ".join(QUICK), **said},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert ("2 CPU devices share every batch" in done.stderr) == (devices == 2)
+    assert json.loads((run / "env.json").read_text())["devices"]["count"] == devices
 
 
 def test_relative_paths_work(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

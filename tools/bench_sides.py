@@ -69,17 +69,19 @@ def llamax_side(shape: dict[str, int], compute: str) -> Side:
 
     from llamax.accounting.params import count_params
     from llamax.config.mesh import load_rules
-    from llamax.mesh.rules import make_mesh
+    from llamax.mesh.rules import batch_sharding, make_mesh
+    from llamax.train.replicas import use_cores
     from llamax.train.state import abstract_state, init_state
     from llamax.train.step import make_dispatch
 
     config = run_config(shape, compute)
     baseline = mebibytes()
-    rules, mesh = load_rules(config.mesh.rules), make_mesh(config.mesh, jax.devices()[:1])
+    devices = use_cores(config)  # as `llamax train` does
+    rules, mesh = load_rules(config.mesh.rules), make_mesh(config.mesh)
     capacity = config.train.steps_per_dispatch
     abstract = abstract_state(config, rules, mesh)
     holder = {"state": init_state(config, 100, abstract)}
-    batches = {"tokens": jnp.asarray(tokens_of(shape, capacity))}
+    batches = {"tokens": jax.device_put(tokens_of(shape, capacity), batch_sharding(rules, mesh, leading=1))}
     jax.block_until_ready((holder, batches))
     start = time.perf_counter()
     dispatch = make_dispatch(config, rules, mesh, abstract).lower(holder["state"], batches, jnp.int32(0)).compile()
@@ -98,7 +100,7 @@ def llamax_side(shape: dict[str, int], compute: str) -> Side:
     parameters = count_params(config.model).total
     version = f"jax {jax.__version__} {jax.devices()[0].platform}"
     about = {"compile_seconds": seconds, "parameters": parameters, "baseline_mib": baseline, "version": version}
-    return about, run
+    return {**about, "devices": devices}, run
 
 
 def torch_side(shape: dict[str, int], compile_it: bool, compute: str) -> Side:

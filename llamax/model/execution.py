@@ -61,7 +61,7 @@ class Execution(NamedTuple):
     `residual` is the sharding the residual stream [batch, seq, d_model] is held to; `inside` what attention and
     feed-forward blocks read, where that is another (sequence parallelism), and `head` what the head reads. `context`
     and `stages` are there where sequences or layers are cut over devices, `tokens` where tokens are: then every device
-    routes its own.
+    routes its own. `replicas` is a mesh whose devices each run the whole model on their rows (train/replicas.py).
     """
 
     compute: Literal["float32", "bfloat16", "float8"] = "float32"
@@ -75,6 +75,7 @@ class Execution(NamedTuple):
     context: Context | None = None
     stages: Stages | None = None
     tokens: TokenAxes | None = None
+    replicas: Mesh | None = None
 
     @property
     def plain(self) -> Literal["float32", "bfloat16"]:

@@ -10,19 +10,13 @@ import threading
 import time
 from collections.abc import Callable
 
+from llamax.mesh.cpu import cores
 from llamax.storage.identity import alive, machine, me, started
 
 __all__ = ["alive", "cores", "die_with", "machine", "me", "pin", "share", "started"]
 
 
 # ---------------------------------------------------------------- cores and parent
-def cores() -> list[int]:
-    """The cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
 def share(available: list[int], index: int, workers: int, threads: int | None) -> list[int]:
     """The cores of worker `index` of `workers`: `threads` neighbours (default: an even share), wrapping round."""
     width = min(threads or max(1, len(available) // workers), len(available))

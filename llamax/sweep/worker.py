@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from llamax.errors import UserError
+from llamax.mesh.cpu import simulate_devices
 from llamax.mesh.job import ALONE, Job, start_processes
 from llamax.mesh.processes import find_processes
 from llamax.storage.bucket import StorageError
@@ -243,13 +244,9 @@ def _simulate_devices(study: Path, pack: Pack, workers: int) -> bool:
 
     A small member leaves most of a second core idle; one device a core gives each its own members.
     """
-    said = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     available = len(cores())
-    found = [] if said or available == 1 else groups(read_study(study).cells, pack, workers=workers, cores=available)
-    if not any(group.size > 1 for group in found):
-        return False
-    os.environ["JAX_NUM_CPU_DEVICES"] = str(available)
-    return True
+    found = [] if available == 1 else groups(read_study(study).cells, pack, workers=workers, cores=available)
+    return any(group.size > 1 for group in found) and simulate_devices(available)
 
 
 def _named(train: str) -> Train:

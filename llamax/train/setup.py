@@ -24,6 +24,7 @@ from llamax.train.axes import check_axes, pipeline_note
 from llamax.train.layout import layout_notes, ranked_layouts, with_layout
 from llamax.train.precision import Precision
 from llamax.train.remat import rematerialization
+from llamax.train.replicas import replicas
 from llamax.train.state import TrainState, abstract_state, initializer
 
 
@@ -136,6 +137,8 @@ def notes(asked: str, chosen: Precision, config: RunConfig, mesh: Mesh) -> list[
     """What a run says before it compiles: what its config left to the machine (`asked` is its own compute_dtype), and
     what stages cost."""
     found = [f"products in {chosen.dtype}: {chosen.why}"] if asked == "auto" else []
+    if replicas(config, load_rules(config.mesh.rules), mesh):
+        found.append(f"{mesh.size} CPU devices share every batch (JAX_NUM_CPU_DEVICES=1 leaves it to one)")
     found += layout_notes(config, mesh) if config.mesh.layout == "auto" else []
     found += [rematerialization(config, mesh)[1]] if config.train.remat == "auto" else []
     return found + ([pipeline_note(config, mesh)] if mesh.shape["stage"] > 1 else [])

@@ -24,6 +24,7 @@ from llamax.train.balance import move_biases, split_loads
 from llamax.train.optimizer import keep_if, make_optimizer
 from llamax.train.precision import precision
 from llamax.train.remat import rematerialization
+from llamax.train.replicas import one_of, replicas, summed
 from llamax.train.schedule import learning_rate
 from llamax.train.state import TrainState
 
@@ -49,6 +50,8 @@ STRAIGHT = {"cpu": 8, "gpu": 64}
 
 def execution_of(config: RunConfig, rules: Rules, mesh: Mesh) -> Execution:
     """How a run executes its model on `mesh`."""
+    if shared := replicas(config, rules, mesh):
+        return execution_of(config, rules, one_of(mesh))._replace(replicas=shared)
     train = config.train
     short = len(config.model.layers) <= straight_layers(mesh.devices.flat[0].platform, mesh.size)
     parallel = config.mesh.sequence_parallel
@@ -116,7 +119,7 @@ def loss_and_gradients(
         for k in range(config.model.mtp + 1)
     ]
 
-    def objective(model: Transformer, part: Batch) -> tuple[Array, tuple[Metrics, Metrics]]:
+    def objective(model: Transformer, part: Batch, hyper: dict[str, Array], totals: list[Array]) -> Any:
         found = training_losses(
             model, part["tokens"], part.get("segments"), hyper["z_loss"], config.train.loss_chunk, execution
         )
@@ -130,19 +133,21 @@ def loss_and_gradients(
             value = value + hyper[LAYER_LOSSES[name]] * reports[name].mean() / parts
         return value, (sums | loads, _layer_metrics(reports))
 
-    value_and_grad = jax.grad(objective, has_aux=True)
+    gradients_of = jax.grad(objective, has_aux=True)
+    if execution.replicas is not None:
+        gradients_of = summed(gradients_of, execution.replicas)
     if parts == 1:
-        gradients, (sums, means) = value_and_grad(model, batch)
+        gradients, (sums, means) = gradients_of(model, batch, hyper, totals)
         return sums.pop("loss"), sums | means, gradients
 
     def accumulate(carry: Any, part: Batch) -> tuple[Any, Metrics]:
-        new, (sums, means) = value_and_grad(model, part)
+        new, (sums, means) = gradients_of(model, part, hyper, totals)
         if config.log.gradient_noise:  # a part's gradient is its share of the batch's, which is the sum of the parts
             means = means | {"micro_grad_norm": parts**2 * optax.tree.norm(new, squared=True)}
         return jax.tree.map(jnp.add, carry, (new, sums)), means
 
     first = jax.tree.map(lambda a: a[0], micro)
-    shapes = jax.eval_shape(lambda m, p: objective(m, p)[1][0], model, first)
+    shapes = jax.eval_shape(lambda m, p: objective(m, p, hyper, totals)[1][0], model, first)
     start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (model, shapes))
     (gradients, sums), means = jax.lax.scan(accumulate, start, micro)
     averages = {name: values.mean(0) for name, values in means.items()}

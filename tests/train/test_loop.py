@@ -220,6 +220,15 @@ def test_sigterm_in_an_evaluation_saves_the_steps_before_it(store: Path, whole: 
     assert_same_run(path, whole)
 
 
+def test_devices_that_share_batches_resume_to_the_same_numbers(store: Path, tmp_path: Path):
+    config, whole, path = loop_config(store, "mesh.data=2"), tmp_path / "whole", tmp_path / "run"
+    train(config, whole)
+    with pytest.raises(Interrupted):
+        train(config, path, report=stop_at(7))
+    train(config, path)
+    assert_same_run(path, whole)
+
+
 def test_a_run_goes_on_on_another_mesh(store: Path, whole: Path, tmp_path: Path):
     path = tmp_path / "run"
     with pytest.raises(Interrupted) as stop:
