@@ -314,7 +314,17 @@ def _describe(leaf: Any) -> list[Any]:
 
 def _stored(arrays: dict[str, Any]) -> dict[str, Any]:
     """What Orbax is given: PRNG keys as their integers, and no empty arrays, which it refuses."""
-    return {key: jax.random.key_data(leaf) if _is_key(leaf) else leaf for key, leaf in arrays.items() if leaf.size}
+    given = {key: jax.random.key_data(leaf) if _is_key(leaf) else leaf for key, leaf in arrays.items() if leaf.size}
+    return {key: leaf.addressable_data(0) if _on_simulated(leaf) else leaf for key, leaf in given.items()}
+
+
+def _on_simulated(leaf: Any) -> bool:
+    """Whether several devices simulated on one CPU hold all of an array. One's is enough: Orbax would have each write a
+    part of it, and compile a program for every shape to cut that out."""
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None or not sharding.is_fully_replicated or len(sharding.device_set) == 1:
+        return False
+    return jax.process_count() == 1 and all(device.platform == "cpu" for device in sharding.device_set)
 
 
 def _read(folder: Path, abstract: T, note: dict[str, Any], prefix: str = "") -> T:
