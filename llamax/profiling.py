@@ -66,8 +66,10 @@ def profile_to(source: str, overrides: list[str], steps: int | None, out: Path |
     from llamax.report.trace import read_spans
     from llamax.train.profile import record
     from llamax.train.replicas import use_cores
+    from llamax.train.run_dir import read_env
 
-    use_cores(config)  # as the run does
+    began = read_env(run) if run else None
+    use_cores(config, began["devices"]["count"] if began else None)  # as the run did
     with _workspace(folder) as work:
         recording = record(config, run, steps, work, progress)
         progress("read the trace", 0, 1)

@@ -77,7 +77,7 @@ def llamax_side(shape: dict[str, int], compute: str) -> Side:
     config = run_config(shape, compute)
     baseline = mebibytes()
     devices = use_cores(config)  # as `llamax train` does
-    rules, mesh = load_rules(config.mesh.rules), make_mesh(config.mesh)
+    rules, mesh = load_rules(config.mesh.rules), make_mesh(config.mesh, jax.devices()[:devices])
     capacity = config.train.steps_per_dispatch
     abstract = abstract_state(config, rules, mesh)
     holder = {"state": init_state(config, 100, abstract)}

@@ -1,10 +1,8 @@
-"""The cores of this machine, and JAX devices simulated on them. Imports no JAX until a device is asked for."""
+"""The cores of this machine, and JAX devices simulated on them. Imports JAX only to ask for devices."""
 
 from __future__ import annotations
 
 import os
-
-from llamax.mesh.flags import expected_platform
 
 
 def cores() -> list[int]:
@@ -15,10 +13,9 @@ def cores() -> list[int]:
 
 
 def simulate_devices(count: int) -> bool:
-    """Gives JAX `count` CPU devices. False, and nothing is done: JAX will start another platform or has started one,
-    or the user has said how many there are (JAX_NUM_CPU_DEVICES, or XLA_FLAGS)."""
-    said = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if said or expected_platform(os.environ) != "cpu":
+    """Gives JAX `count` CPU devices, also where it will use an accelerator. False, and nothing is done, where it has
+    started or the user has said how many there are (JAX_NUM_CPU_DEVICES, or XLA_FLAGS)."""
+    if "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return False
     import jax
 

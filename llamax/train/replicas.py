@@ -1,4 +1,4 @@
-"""A small model whole on several simulated CPU devices, each with its rows of the batch: gradients meet in one sum.
+"""A small model whole on two simulated CPU devices, each with its rows of the batch: gradients meet in one sum.
 
 Devices that are threads of one process take tens of microseconds to meet, and the compiler has them meet for every
 array. A step of a small model is two dozen arrays and hardly more than a millisecond, so it sums one vector instead.
@@ -14,36 +14,33 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 
 from llamax.accounting.params import count_params
-from llamax.config.mesh import MeshConfig, Rules
+from llamax.config.mesh import MeshConfig, Rules, load_rules
 from llamax.config.run import RunConfig
 from llamax.mesh.cpu import cores, simulate_devices
 
-AXIS = "data"
-# Measured on two cores (benchmarks/notes.md); what was not measured is left as it was.
-MOST_PARAMETERS, MOST_DEVICES, FEWEST_TOKENS = 2_000_000, 2, 128  # the last: of a device, in a step
+AXIS, DEVICES = "data", 2
+# What was measured to gain (benchmarks/notes.md, "Two simulated devices, again"); the rest is left as it was.
+MOST_PARAMETERS = 2_000_000
+TOKENS = (128 * DEVICES, 4096)  # of a step
 
 
-def use_cores(config: RunConfig) -> int:
-    """Before JAX starts: as many CPU devices as share the batches of a run that leaves its mesh at the default."""
-    count = devices_for(config, len(cores()))
+def use_cores(config: RunConfig, most: int | None = None) -> int:
+    """Before JAX starts: as many CPU devices as are to share the batches of a run, at most `most` (None: cores)."""
+    count = devices_for(config, min(len(cores()), most or DEVICES))
     return count if count > 1 and simulate_devices(count) else 1
 
 
 def devices_for(config: RunConfig, available: int) -> int:
-    """How many devices of one core each share a batch: 1 where that was not measured to gain."""
+    """How many devices of a core each share a batch where the mesh is left as it is by default."""
     default = config.mesh.sizes == MeshConfig().sizes and config.mesh.layout == "sizes"
-    if not (default and _covers(config)):
-        return 1
-    batch, tokens = config.train.batch_size, config.train.batch_size * config.train.seq_len
-    most = min(available, MOST_DEVICES, max(tokens // FEWEST_TOKENS, 1))
-    return max(count for count in range(1, most + 1) if batch % count == 0)
+    fits = available >= DEVICES and config.train.batch_size % DEVICES == 0
+    return DEVICES if default and fits and _covers(config, load_rules(config.mesh.rules)) else 1
 
 
 def replicas(config: RunConfig, rules: Rules, mesh: Mesh) -> Mesh | None:
-    """`mesh`, if its devices are CPUs of this process that hold a small dense model each and share the batch."""
+    """`mesh`, if its devices are two CPUs of this process that hold a small dense model each and share the batch."""
     alone = mesh.devices.flat[0].platform == "cpu" and jax.process_count() == 1
-    whole = mesh.shape[AXIS] == mesh.size > 1 and [name for name, axes in rules.items() if AXIS in axes] == ["batch"]
-    return mesh if alone and whole and _covers(config) else None
+    return mesh if alone and mesh.shape[AXIS] == mesh.size == DEVICES and _covers(config, rules) else None
 
 
 def one_of(mesh: Mesh) -> Mesh:
@@ -65,10 +62,17 @@ def summed(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     return lambda model, batch, *more: mapped(model, batch, more)
 
 
-def _covers(config: RunConfig) -> bool:
-    """Whether gradients are sums over sequences (what layers report of a batch is none), and the model is small."""
+def _covers(config: RunConfig, rules: Rules) -> bool:
+    """Whether gradients are sums over sequences, of a small model that `rules` leave whole on every device.
+
+    What layers report of a batch is no such sum, nor is a float8 product, scaled by the largest entry of a batch.
+    """
+    train = config.train
     plain = all(
         block.mlp.kind != "moe" and block.branch is None and getattr(block.attention, "indexer", None) is None
         for block in config.model.layers
     )
-    return plain and config.train.grad_accumulation == 1 and count_params(config.model).total <= MOST_PARAMETERS
+    summable = plain and train.grad_accumulation == 1 and train.compute_dtype != "float8"
+    whole = [name for name, axes in rules.items() if AXIS in axes] == ["batch"]
+    small = count_params(config.model).total <= MOST_PARAMETERS
+    return summable and whole and small and TOKENS[0] <= train.batch_size * train.seq_len <= TOKENS[1]

@@ -138,7 +138,7 @@ def notes(asked: str, chosen: Precision, config: RunConfig, mesh: Mesh) -> list[
     what stages cost."""
     found = [f"products in {chosen.dtype}: {chosen.why}"] if asked == "auto" else []
     if replicas(config, load_rules(config.mesh.rules), mesh):
-        found.append(f"{mesh.size} CPU devices share every batch (JAX_NUM_CPU_DEVICES=1 leaves it to one)")
+        found.append(f"{mesh.size} CPU devices share every batch (JAX_NUM_CPU_DEVICES=1 leaves a default mesh to one)")
     found += layout_notes(config, mesh) if config.mesh.layout == "auto" else []
     found += [rematerialization(config, mesh)[1]] if config.train.remat == "auto" else []
     return found + ([pipeline_note(config, mesh)] if mesh.shape["stage"] > 1 else [])

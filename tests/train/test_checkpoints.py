@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llamax.config.run import CheckpointConfig
 from llamax.errors import UserError
-from llamax.train.checkpoints import Checkpoints, find_checkpoints, load_params
+from llamax.train.checkpoints import Checkpoints, _stored, find_checkpoints, load_params
 from llamax.train.files import disk_cause
 
 HERE = Path(__file__).parents[2]
@@ -421,3 +421,13 @@ def test_kill_9_at_any_moment_leaves_a_restorable_folder(tmp_path, times):
     assert warnings == []
     if known:
         assert not [name for name in names(directory) if name.endswith((".saving", ".deleting"))]
+
+
+def test_of_simulated_devices_that_hold_the_same_one_is_written():
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    whole, cut = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    arrays = {"whole": jax.device_put(np.arange(4.0), whole), "cut": jax.device_put(np.arange(4.0), cut)}
+    given = _stored(arrays)
+    assert [len(found["whole"].sharding.device_set) for found in (given, arrays)] == [1, 2]
+    assert given["cut"] is arrays["cut"]
+    np.testing.assert_array_equal(given["whole"], arrays["whole"])

@@ -18,13 +18,16 @@ import llamax
 from llamax.accounting.flops import training_flops_per_token
 from llamax.accounting.params import count_params
 from llamax.config.load import dump_yaml
+from llamax.config.mesh import load_rules
 from llamax.config.run import RunConfig
 from llamax.data.batches import TrainBatches
 from llamax.data.store import Store
 from llamax.errors import Interrupted
+from llamax.mesh.rules import make_mesh
 from llamax.train.load import evaluate_run
 from llamax.train.loop import train
 from llamax.train.progress import Progress
+from llamax.train.replicas import replicas
 from llamax.train.run_dir import read_evals, read_metrics
 from llamax.train.schedule import learning_rate
 from llamax.train.state import hyper_of
@@ -221,7 +224,9 @@ def test_sigterm_in_an_evaluation_saves_the_steps_before_it(store: Path, whole: 
 
 
 def test_devices_that_share_batches_resume_to_the_same_numbers(store: Path, tmp_path: Path):
-    config, whole, path = loop_config(store, "mesh.data=2"), tmp_path / "whole", tmp_path / "run"
+    config, path = loop_config(store, "mesh.data=2", "train.seq_len=32"), tmp_path / "run"
+    assert replicas(config, load_rules("default"), make_mesh(config.mesh)) is not None
+    whole = tmp_path / "whole"
     train(config, whole)
     with pytest.raises(Interrupted):
         train(config, path, report=stop_at(7))
