@@ -39,8 +39,8 @@ PIECES = 4096
 
 
 # ---------------------------------------------------------------- windows to the device
-def feed(store: Store, batch: int, seq: int, dispatches: int = 200, capacity: int = 10) -> dict[str, float]:
-    """Seconds and tokens of loading `capacity` steps at a time, the median of `dispatches` loads."""
+def feed(store: Store, batch: int, seq: int, devices: int = 1, dispatches: int = 200) -> dict[str, float]:
+    """Seconds and tokens of loading ten steps at a time onto so many devices, the median of `dispatches` loads."""
     import jax
 
     from llamax.config.mesh import load_rules
@@ -49,9 +49,9 @@ def feed(store: Store, batch: int, seq: int, dispatches: int = 200, capacity: in
     from llamax.mesh.rules import batch_sharding, make_mesh
     from llamax.train.setup import load_dispatch
 
-    place = batch_sharding(load_rules("default"), make_mesh(MeshConfig(), jax.devices()[:1]), leading=1)
+    place = batch_sharding(load_rules("default"), make_mesh(MeshConfig(), jax.devices()[:devices]), leading=1)
     batches = TrainBatches(store, batch_size=batch, seq_len=seq, seed=0)
-    times = []
+    times, capacity = [], 10
     for i in range(dispatches):
         start = time.perf_counter()
         jax.block_until_ready(load_dispatch(batches, i * capacity, (i + 1) * capacity, capacity, place))
@@ -84,9 +84,11 @@ def bench_feed(folder: Path, corpus: Corpus | None = None, steps: int = 2000) ->
     from llamax.config.load import load_corpus
     from llamax.config.run import Bytes
     from llamax.data.store import build_store
+    from llamax.train.replicas import use_cores
 
+    devices = use_cores(run_config(SHAPES["S1"], "float32"))  # as `llamax train` does
     store = build_store(corpus or load_corpus("python-stdlib"), Bytes(), folder / "bytes", workers=1)
-    fed = {name: feed(store, shape["batch"], shape["seq"]) for name, shape in SHAPES.items()}
+    fed = {name: feed(store, shape["batch"], shape["seq"], devices) for name, shape in SHAPES.items()}
     waited = wait(store, SHAPES["S1"], steps, folder / "run")
     times = fed["S1"]["tokens_per_second"] / waited["tokens_per_second"]
     return {"feed": fed, "wait": waited, "times_training": times}
