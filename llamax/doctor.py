@@ -40,6 +40,7 @@ def examine() -> dict[str, Any]:
 
     from llamax.accounting.peaks import peak_flops_per_second
     from llamax.config.files import cache_dir
+    from llamax.mesh.cpu import cores
     from llamax.mesh.start import start
 
     problems = []
@@ -69,7 +70,7 @@ def examine() -> dict[str, Any]:
         "backend": jax.default_backend(),
         "devices": [f"{d.id}: {d.device_kind}" for d in devices],
         "peak_bf16_flops_per_second": peak,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(cores()),
         "cache": str(cache),
         "compilation_cache": jax.config.values["jax_compilation_cache_dir"],
         "free_disk_gib": round(free / 2**30, 1),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from llamax.accounting import count_params
 from llamax.config.load import load_run
 from llamax.config.sweep import Isoflop, SweepConfig, load_sweep
 from llamax.errors import UserError
+from llamax.mesh.cpu import cores
 from llamax.sweep.plan import Cell, Plan, make_plan
 from llamax.sweep.study import add_cells, open_study
 from llamax.train.files import write_atomic
@@ -48,7 +48,7 @@ def run_quickstart(
     clock = _Clock(directory)
     with clock.stage("data"):
         spec, corpus_tokens = _prepare("quickstart-fast" if fast else "quickstart", settings)
-    count = workers or max(1, min(8, _cores()))
+    count = workers or max(1, min(8, len(cores())))
     with clock.stage("plan"):
         plan = open_study(
             directory, make_plan(spec, corpus_tokens=corpus_tokens, throughput=_throughput(count), devices=1)
@@ -108,7 +108,7 @@ def _long(text: str) -> str:
 def _throughput(workers: int) -> Any:
     from llamax.sweep.throughput import guess
 
-    return guess(max(1, _cores() // workers))
+    return guess(max(1, len(cores()) // workers))
 
 
 def _train(directory: Path, workers: int, names: list[str]) -> None:
@@ -246,7 +246,3 @@ def _say(text: str) -> None:
 
 def _pair(pair: Any) -> str:
     return "none" if not pair else f"[{pair[0]:.4f}, {pair[1]:.4f}]"
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

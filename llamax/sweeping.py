@@ -34,8 +34,8 @@ def sweep_plan(
     as_json: Json = False,
 ) -> None:
     """Print every cell with its derived numbers and the rules that made them, before a FLOP is spent."""
+    from llamax.mesh.cpu import cores
     from llamax.sweep.packing import groups, parse_pack
-    from llamax.sweep.process import cores
     from llamax.sweep.study import open_study
     from llamax.sweep.tables import plan_tables
 

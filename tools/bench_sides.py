@@ -100,7 +100,7 @@ def llamax_side(shape: dict[str, int], compute: str) -> Side:
     parameters = count_params(config.model).total
     version = f"jax {jax.__version__} {jax.devices()[0].platform}"
     about = {"compile_seconds": seconds, "parameters": parameters, "baseline_mib": baseline, "version": version}
-    return {**about, "devices": devices}, run
+    return about | {"devices": devices}, run
 
 
 def torch_side(shape: dict[str, int], compile_it: bool, compute: str) -> Side:

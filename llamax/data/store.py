@@ -46,6 +46,7 @@ from llamax.data.shards import (
 from llamax.data.sources import Listing, list_source
 from llamax.data.split import fates, parts
 from llamax.errors import UserError
+from llamax.mesh.cpu import cores
 from llamax.text.open import load_tokenizer
 from llamax.text.sentence import SAMPLE_BYTES, SentencePieceTokenizer, train_sentencepiece
 from llamax.text.tokenizers import Tokenizer
@@ -142,7 +143,7 @@ class _Plan:
 
 def _worker_count(plan: _Plan) -> int:
     small = plan.size < SERIAL_BYTES.get(plan.tokenizer.kind, 4 << 20)
-    return 1 if small else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if small else len(cores())
 
 
 def _build(plan: _Plan, count: int, report: Progress) -> None:

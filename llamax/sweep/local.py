@@ -17,12 +17,13 @@ from typing import Any
 
 import llamax.sweep
 from llamax.errors import UserError
+from llamax.mesh.cpu import cores
 from llamax.storage.bucket import StorageError
 from llamax.storage.places import address_of
 from llamax.sweep.claim import holder
 from llamax.sweep.crew import ASKED
 from llamax.sweep.packing import AUTO, NEVER, Pack
-from llamax.sweep.process import cores, me, share
+from llamax.sweep.process import me, share
 from llamax.sweep.status import status
 from llamax.sweep.study import clear_failures, is_finished, read_study, record_failure, select
 

@@ -10,10 +10,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from llamax.mesh.cpu import cores
 from llamax.storage.identity import alive, machine, me, started
 
-__all__ = ["alive", "cores", "die_with", "machine", "me", "pin", "share", "started"]
+__all__ = ["alive", "die_with", "machine", "me", "pin", "share", "started"]
 
 
 # ---------------------------------------------------------------- cores and parent

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llamax.errors import UserError
+from llamax.mesh import cpu
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def guess(cores: int | None = None, startup_seconds: float = STARTUP_SECONDS) ->
 
     rate = peak x N / (N + 80 thousand) x tokens / (tokens + 128): small models wait for memory and dispatch.
     """
-    share = cores or len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))
+    share = cores or len(cpu.cores())
     peak = share * _PEAK_A_CORE
 
     def rate(n: int, batch_tokens: int) -> float:

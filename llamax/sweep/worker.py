@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from llamax.errors import UserError
-from llamax.mesh.cpu import simulate_devices
+from llamax.mesh.cpu import cores, simulate_devices
 from llamax.mesh.job import ALONE, Job, start_processes
 from llamax.mesh.processes import find_processes
 from llamax.storage.bucket import StorageError
@@ -31,7 +31,7 @@ from llamax.sweep.claim import LEASE_SECONDS, Lease, claim
 from llamax.sweep.crew import AGAIN, ASKED, Crew
 from llamax.sweep.packing import NEVER, Pack, groups, parse_pack
 from llamax.sweep.plan import Cell, Plan
-from llamax.sweep.process import cores, die_with, pin
+from llamax.sweep.process import die_with, pin
 from llamax.sweep.study import can_begin, clear_failures, is_settled, orphaned, read_study, record_failure, select
 from llamax.train.env import versions
 

@@ -23,6 +23,7 @@ from llamax.accounting.params import count_params
 from llamax.accounting.peaks import mfu
 from llamax.config.run import RunConfig
 from llamax.errors import UserError
+from llamax.mesh.cpu import cores
 from llamax.mesh.rules import batch_sharding
 from llamax.train.checkpoints import load_state
 from llamax.train.loop import SECONDS_PER_DISPATCH
@@ -207,7 +208,7 @@ class _Session:
                 name: (getattr(before, name) + getattr(after, name)) / many for name in ("load", "call", "wait")
             },
             "processor_seconds_per_step": (before.cpu + after.cpu) / many,
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": len(cores()),
             "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
             "compile_seconds": {"lower": self.lower_seconds, "compile": self.compile_seconds},
             "memory_bytes": self._memory(),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from llamax.launch.protocol import Job, Shape
 from llamax.launch.protocol import Settings as Common
-from llamax.sweep.process import cores
+from llamax.mesh.cpu import cores
 
 
 class Settings(Common):
