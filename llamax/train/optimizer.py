@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from llamax.config.run import Optimizer, Schedule
 from llamax.train.param_info import BUFFER, GROUPS, is_variable, param_info
@@ -53,7 +53,7 @@ def make_optimizer(optimizer: Optimizer, hyper: Hyper, lr: ArrayLike) -> optax.G
     scheduled lr, as in optax.adamw. `init` does not depend on `hyper`. Buffers have no moments and stay as they are.
     """
     return optax.chain(
-        optax.clip_by_global_norm(hyper["clip_norm"]),
+        _clip(hyper["clip_norm"]),
         optax.masked(DIRECTIONS[optimizer.kind](hyper), _learned),
         _descend(optimizer.kind, hyper, lr),
     )
@@ -64,19 +64,57 @@ def keep_if(good: Bool[Array, ""], new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
 
 
+def update_norm(updates: Any, good: Bool[Array, ""], new: Any, old: Any) -> Float[Array, ""]:
+    """Global norm of what `new`, which is `old` plus `updates` if `good`, differs from `old` by, buffers aside.
+
+    A CPU subtracts: it writes an array out wherever two loops read it, and would write each update for its norm alone.
+    """
+    return jax.lax.platform_dependent(updates, good, new, old, cpu=_distance, default=_length)
+
+
+def _distance(updates: Any, good: Array, new: Any, old: Any) -> Array:
+    return optax.tree.norm(jax.tree.map(jnp.subtract, _without_buffers(new), _without_buffers(old)))
+
+
+def _length(updates: Any, good: Array, new: Any, old: Any) -> Array:
+    return jnp.where(good, optax.tree.norm(updates), 0.0)
+
+
+def _without_buffers(tree: Any) -> list[nnx.Variable]:
+    return [v for v in jax.tree.leaves(tree, is_leaf=is_variable) if param_info(v).group != BUFFER]
+
+
 # ---------------------------------------------------------------- directions
+# Numbers that all entries share are multiplied by, as one factor each: a compiler for CPUs repeats a product in every
+# loop that needs it, but writes out what was divided (benchmarks/notes.md, "The optimizer's loops").
+def _clip(limit: ArrayLike) -> optax.GradientTransformation:
+    """Gradients of a global norm above `limit` scaled to it (arXiv:1211.5063)."""
+
+    def update(updates: Any, params: Any = None) -> Any:
+        factor = jnp.minimum(1.0, limit / optax.tree.norm(updates))
+        return jax.tree.map(lambda g: factor * g, updates)
+
+    return optax.stateless(update)
+
+
 def _adam(hyper: Hyper) -> optax.GradientTransformation:
-    """Adam; a parameter's own eps, `eps x s`, is Adam at `eps` of its gradient divided by s."""
-    adam = optax.scale_by_adam(hyper["b1"], hyper["b2"], hyper["eps"])
+    """Adam (arXiv:1412.6980); a parameter's own eps, `eps x s`, is Adam at `eps` of its gradient divided by s."""
+    b1, b2, eps = hyper["b1"], hyper["b2"], hyper["eps"]
 
     def divided(variable: nnx.Variable) -> nnx.Variable:
-        eps = param_info(variable).eps
-        return variable if eps == 1.0 else jax.tree.map(lambda g: g / eps, variable)
+        own = param_info(variable).eps
+        return variable if own == 1.0 else jax.tree.map(lambda g: g / own, variable)
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
-        return adam.update(jax.tree.map(divided, updates, is_leaf=is_variable), state, params)
+        gradients = jax.tree.map(divided, updates, is_leaf=is_variable)
+        mu = jax.tree.map(lambda g, m: (1 - b1) * g + b1 * m, gradients, state.mu)
+        nu = jax.tree.map(lambda g, v: (1 - b2) * (g * g) + b2 * v, gradients, state.nu)
+        count = optax.safe_increment(state.count)
+        first, second = 1 / (1 - b1**count), 1 / (1 - b2**count)  # both averages began at 0
+        direction = jax.tree.map(lambda m, v: (first * m) / (jnp.sqrt(second * v) + eps), mu, nu)
+        return direction, optax.ScaleByAdamState(count, mu, nu)
 
-    return optax.GradientTransformation(adam.init, update)
+    return optax.GradientTransformation(optax.scale_by_adam().init, update)
 
 
 def _muon(hyper: Hyper) -> optax.GradientTransformation:

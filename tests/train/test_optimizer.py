@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from llamax.config.run import Adafactor, AdamW, Group, Groups, Lion, Muon, Schedule, Sgd
+from llamax.train import optimizer as optimizers
 from llamax.train.optimizer import hyperparameters, keep_if, make_optimizer
 from llamax.train.param_info import GROUPS, is_variable, param_table
 
@@ -135,6 +136,23 @@ def test_clipping_leaves_small_gradients_alone():
     model, config = Toy(0), Sgd(momentum=0.0, weight_decay=0.0, clip_norm=1e6, groups=FLAT)
     grads = like(model, 0)
     jax.tree.map(np.testing.assert_array_equal, one_update(config, model, grads), jax.tree.map(np.negative, grads))
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_the_norm_of_an_update_is_that_of_what_changed(good):
+    old, updates = Toy(0), jax.tree.map(lambda g: 1e-3 * g, like(Toy(0), 1))
+    new = keep_if(jnp.bool(good), optax.apply_updates(old, updates), old)
+    expected = np.sqrt(sum((g**2).sum() for g in values(updates).values())) if good else 0.0
+    for norm in (optimizers._distance, optimizers._length, optimizers.update_norm):
+        found = jax.jit(norm)(updates, jnp.bool(good), new, old)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=str(norm))
+
+
+def test_an_update_that_is_no_number_has_norm_zero_where_it_is_skipped():
+    old = Toy(0)
+    updates = jax.tree.map(lambda g: jnp.nan * g, old)
+    for norm in (optimizers._distance, optimizers._length):
+        assert norm(updates, jnp.bool(False), old, old) == 0.0
 
 
 # ---------------------------------------------------------------- against optax

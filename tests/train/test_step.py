@@ -229,6 +229,7 @@ def test_skip_goes_on_and_counts():
     after, metrics, ran = go(dispatch, state, batches, 10)
     assert ran == 10
     assert metrics["bad"].tolist() == [0.0] * 6 + [1.0] + [0.0] * 3
+    assert (metrics["update_norm"] == 0).tolist() == (metrics["bad"] == 1).tolist()
     assert (int(after.step), int(after.skipped)) == (10, 1)
     assert metrics["loss"][-1] < metrics["loss"][0]
     assert not np.array_equal(after.model.embedding[...], before.model.embedding[...])
