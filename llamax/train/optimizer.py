@@ -1,4 +1,4 @@
-"""Optimizers by parameter group, through optax, with every hyperparameter a traced array.
+"""Optimizers by parameter group, through optax but for clipping and Adam, with every hyperparameter a traced array.
 
     gradient -> clip by global norm -> direction (adamw, muon, ...) -> -lr (direction + decay x parameter)
 
@@ -67,7 +67,8 @@ def keep_if(good: Bool[Array, ""], new: Any, old: Any) -> Any:
 def update_norm(updates: Any, good: Bool[Array, ""], new: Any, old: Any) -> Float[Array, ""]:
     """Global norm of what `new`, which is `old` plus `updates` if `good`, differs from `old` by, buffers aside.
 
-    A CPU subtracts: it writes an array out wherever two loops read it, and would write each update for its norm alone.
+    A CPU subtracts, rounded weights from rounded weights: its compiler would write out every update for the norm alone.
+    A GPU updates weights in one pass, and would copy them to subtract.
     """
     return jax.lax.platform_dependent(updates, good, new, old, cpu=_distance, default=_length)
 
@@ -84,9 +85,9 @@ def _without_buffers(tree: Any) -> list[nnx.Variable]:
     return [v for v in jax.tree.leaves(tree, is_leaf=is_variable) if param_info(v).group != BUFFER]
 
 
-# ---------------------------------------------------------------- directions
-# Numbers that all entries share are multiplied by, as one factor each: a compiler for CPUs repeats a product in every
-# loop that needs it, but writes out what was divided (benchmarks/notes.md, "The optimizer's loops").
+# ---------------------------------------------------------------- clipping and Adam
+# As in optax, but one factor clips and reciprocals correct the bias: XLA for CPUs repeats a product in every loop that
+# reads it, and writes out what was divided (benchmarks/notes.md, "The optimizer's loops").
 def _clip(limit: ArrayLike) -> optax.GradientTransformation:
     """Gradients of a global norm above `limit` scaled to it (arXiv:1211.5063)."""
 
@@ -117,6 +118,7 @@ def _adam(hyper: Hyper) -> optax.GradientTransformation:
     return optax.GradientTransformation(optax.scale_by_adam().init, update)
 
 
+# ---------------------------------------------------------------- directions
 def _muon(hyper: Hyper) -> optax.GradientTransformation:
     """Five quintic Newton-Schulz steps on the Nesterov momentum of every matrix of a stack at once; Adam elsewhere."""
     orthogonal = optax.chain(

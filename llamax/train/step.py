@@ -172,7 +172,7 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig, execution: Ex
     """One update: (new state, metrics). Router biases move by the load they gave rise to (see `move_biases`).
 
     A bad step, whose loss or gradient norm is not finite or whose loss exceeds divergence_factor x the running
-    average, leaves weights and moments as they were and counts as skipped; its metrics have bad = 1.
+    average, leaves weights and moments as they were and counts as skipped; its metrics have bad = 1, update_norm = 0.
     """
     hyper = state.hyper
     loss, found, gradients = loss_and_gradients(state.model, batch, hyper, config, execution)

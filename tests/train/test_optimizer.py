@@ -138,21 +138,35 @@ def test_clipping_leaves_small_gradients_alone():
     jax.tree.map(np.testing.assert_array_equal, one_update(config, model, grads), jax.tree.map(np.negative, grads))
 
 
+NORMS = (optimizers._distance, optimizers._length, optimizers.update_norm)
+
+
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("good", [True, False])
-def test_the_norm_of_an_update_is_that_of_what_changed(good):
+def test_the_norm_of_an_update_is_that_of_what_the_optimizer_changed(norm, good):
     old, updates = Toy(0), jax.tree.map(lambda g: 1e-3 * g, like(Toy(0), 1))
-    new = keep_if(jnp.bool(good), optax.apply_updates(old, updates), old)
     expected = np.sqrt(sum((g**2).sum() for g in values(updates).values())) if good else 0.0
-    for norm in (optimizers._distance, optimizers._length, optimizers.update_norm):
-        found = jax.jit(norm)(updates, jnp.bool(good), new, old)
-        np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=str(norm))
+    old.moved = param(np.random.default_rng(0), (3,), ("experts",), "buffer", 0)
+    updates.moved = jax.tree.map(jnp.zeros_like, old.moved)
+    new = keep_if(jnp.bool(good), optax.apply_updates(old, updates), old)
+    new.moved = jax.tree.map(lambda b: b + 1, old.moved)  # by a rule of its own
+    np.testing.assert_allclose(jax.jit(norm)(updates, jnp.bool(good), new, old), expected, rtol=1e-5)
 
 
-def test_an_update_that_is_no_number_has_norm_zero_where_it_is_skipped():
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_refused_update_of_no_numbers_has_norm_zero(norm):
     old = Toy(0)
     updates = jax.tree.map(lambda g: jnp.nan * g, old)
-    for norm in (optimizers._distance, optimizers._length):
-        assert norm(updates, jnp.bool(False), old, old) == 0.0
+    refused = keep_if(jnp.bool(False), optax.apply_updates(old, updates), old)
+    assert norm(updates, jnp.bool(False), refused, old) == 0.0
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("kind", KINDS.values())
+def test_gradients_of_zero_move_nothing(kind, clip):
+    model = Toy(0)
+    moved = one_update(kind(clip_norm=clip, weight_decay=0.0), model, jax.tree.map(jnp.zeros_like, model))
+    jax.tree.map(lambda u: np.testing.assert_array_equal(u, np.zeros(u.shape)), moved)
 
 
 # ---------------------------------------------------------------- against optax
