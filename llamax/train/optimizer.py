@@ -82,7 +82,7 @@ def _length(updates: Any, good: Array, new: Any, old: Any) -> Array:
 
 
 def _without_buffers(tree: Any) -> list[nnx.Variable]:
-    return [v for v in jax.tree.leaves(tree, is_leaf=is_variable) if param_info(v).group != BUFFER]
+    return [variable for variable in jax.tree.leaves(tree, is_leaf=is_variable) if _is_learned(variable)]
 
 
 # ---------------------------------------------------------------- clipping and Adam
@@ -145,7 +145,11 @@ DIRECTIONS: dict[str, Callable[[Hyper], optax.GradientTransformation]] = {
 
 # ---------------------------------------------------------------- parameter groups
 def _learned(params: Any) -> Any:
-    return jax.tree.map(lambda v: param_info(v).group != BUFFER, params, is_leaf=is_variable)
+    return jax.tree.map(_is_learned, params, is_leaf=is_variable)
+
+
+def _is_learned(variable: nnx.Variable) -> bool:
+    return param_info(variable).group != BUFFER
 
 
 def _uses_muon(variable: nnx.Variable) -> bool:

@@ -25,7 +25,7 @@ TOKENS = (128 * DEVICES, 4096)  # of a step
 
 
 def use_cores(config: RunConfig, most: int | None = None) -> int:
-    """Before JAX starts: as many CPU devices as are to share the batches of a run, at most `most` (None: cores)."""
+    """Before JAX starts: as many CPU devices as are to share the batches of a run, at most `most`."""
     count = devices_for(config, min(len(cores()), most or DEVICES))
     return count if count > 1 and simulate_devices(count) else 1
 

@@ -75,8 +75,9 @@ def abstract_state(config: RunConfig, rules: Rules, mesh: Mesh) -> TrainState:
 def initializer(config: RunConfig, abstract: TrainState) -> Callable[[dict[str, Array], np.int32], TrainState]:
     """The program `build(hyper, seed)` behind `init_state`, which runs that differ in those two can share."""
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    # Run once, so up to some 50 million parameters its compilation is what it costs: on a CPU, LLVM's optimizer takes
-    # three quarters of it, and the emitters of fast loops half of the rest (without them the same numbers bit for bit).
+    # Run once, so for a small model its compilation is what it costs: on a CPU, LLVM's optimizer takes three quarters
+    # of it, and the emitters of fast loops half of the rest (without them the same numbers bit for bit). At 25 million
+    # parameters a slower run takes back what the emitters' absence gains.
     on_cpu = next(iter(jax.tree.leaves(places)[0].device_set)).platform == "cpu"
     options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False} if on_cpu else None
     return jax.jit(lambda h, s: _initial(config, h, s), out_shardings=places, compiler_options=options)
