@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 MEMBERS, CAPACITY = 16, 512  # of a population; slots of the cache that device_check.py's decoding ends with
+BATCHES = {"1B": 8, "50M": 64}
 Row = dict[str, Any]
 
 
@@ -59,6 +60,34 @@ def decode(device: Any) -> Iterator[tuple[str, Any]]:
     yield "decode 1B bf16, batch 1", jitted.lower(*shapes)
 
 
+def dense(device: Any) -> Iterator[tuple[str, Any]]:
+    """The whole step of device_check.py's dense sizes that a target is set for, at the batches it found to fit."""
+    from device_sections import DENSE, TARGETED, config_of
+
+    for name in TARGETED:
+        config = config_of(DENSE[name], BATCHES[name], remat="none")
+        lowered, _ = step_of(config, device)
+        yield f"{name}, batch {BATCHES[name]}", lowered
+
+
+def step_of(config: Any, device: Any) -> tuple[Any, Any]:
+    """The lowered dispatch of one run, and what it is called with: the state, batches and how many of them."""
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from llamax.config.mesh import load_rules
+    from llamax.mesh.rules import make_mesh
+    from llamax.train.state import abstract_state
+    from llamax.train.step import make_dispatch
+
+    rules, mesh = load_rules(config.mesh.rules), make_mesh(config.mesh, [device])
+    abstract = abstract_state(config, rules, mesh)
+    shape = (config.train.steps_per_dispatch, config.train.batch_size, config.train.seq_len + 1)
+    given = ({"tokens": jax.ShapeDtypeStruct(shape, np.int32)}, jax.ShapeDtypeStruct((), np.int32))
+    placed = on(NamedSharding(mesh, PartitionSpec()), given)
+    return make_dispatch(config, rules, mesh, abstract).lower(abstract, *placed), (abstract, *given)  # type: ignore[attr-defined]
+
+
 def packing(device: Any) -> Iterator[tuple[str, Any]]:
     """A member alone, and a population of them, as device_check.py times them; S3 with a bfloat16 stream too."""
     import jax
@@ -68,27 +97,24 @@ def packing(device: Any) -> Iterator[tuple[str, Any]]:
     from llamax.config.mesh import load_rules
     from llamax.mesh.rules import make_mesh
     from llamax.train.population import MEMBER, population_dispatch
-    from llamax.train.state import abstract_state
-    from llamax.train.step import execution_of, make_dispatch
+    from llamax.train.step import execution_of
 
     for name, stream in (("S1", "float32"), ("S2", "float32"), ("S3", "float32"), ("S3", "bfloat16")):
         config = run_config(SHAPES[name], "bfloat16")
         train = config.train.model_copy(update={"unroll_layers": True, "activation_dtype": stream})
         config = config.model_copy(update={"train": train})
-        rules, mesh = load_rules(config.mesh.rules), make_mesh(config.mesh, [device])
-        abstract, what = abstract_state(config, rules, mesh), name if stream == "float32" else f"{name} ({stream})"
-        shape = (train.steps_per_dispatch, train.batch_size, train.seq_len + 1)
-        given = ({"tokens": jax.ShapeDtypeStruct(shape, np.int32)}, jax.ShapeDtypeStruct((), np.int32))
-        placed = on(NamedSharding(mesh, PartitionSpec()), given)
-        yield f"{what}, a member alone", make_dispatch(config, rules, mesh, abstract).lower(abstract, *placed)  # type: ignore[attr-defined]
+        what = name if stream == "float32" else f"{name} ({stream})"
+        lowered, given = step_of(config, device)
+        yield f"{what}, a member alone", lowered
+        execution = execution_of(config, load_rules(config.mesh.rules), make_mesh(config.mesh, [device]))
         members = Mesh(np.array([device]), (MEMBER,))
         cut = NamedSharding(members, PartitionSpec(MEMBER))
-        stacked = on(cut, (abstract, *given), MEMBERS)
-        together = population_dispatch(config, execution_of(config, rules, mesh), members, batched=True)
+        stacked = on(cut, given, MEMBERS)
+        together = population_dispatch(config, execution, members, batched=True)
         yield f"{what}, {MEMBERS} members", jax.jit(together, donate_argnums=0, out_shardings=cut).lower(*stacked)
 
 
-SECTIONS = {"decode": decode, "packing": packing}
+SECTIONS = {"dense": dense, "decode": decode, "packing": packing}
 
 
 def on(place: Any, tree: Any, *lead: int) -> Any:

@@ -64,21 +64,28 @@ def keep_if(good: Bool[Array, ""], new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
 
 
-def update_norm(updates: Any, good: Bool[Array, ""], new: Any, old: Any) -> Float[Array, ""]:
-    """Global norm of what `new`, which is `old` plus `updates` if `good`, differs from `old` by, buffers aside.
-
-    A CPU subtracts, rounded weights from rounded weights: its compiler would write out every update for the norm alone.
-    A GPU updates weights in one pass, and would copy them to subtract.
-    """
-    return jax.lax.platform_dependent(updates, good, new, old, cpu=_distance, default=_length)
+def norms(new: Any, old: Any) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Global norms of the parameters `new`, and of what a step changed in `old` to make them, buffers aside: weights as
+    they are stored, so that an update that rounding swallows counts nothing."""
+    return jax.lax.platform_dependent(new, old, cuda=_norms_at_once, default=_norms)
 
 
-def _distance(updates: Any, good: Array, new: Any, old: Any) -> Array:
-    return optax.tree.norm(jax.tree.map(jnp.subtract, _without_buffers(new), _without_buffers(old)))
+def _norms(new: Any, old: Any) -> tuple[Array, Array]:
+    moved = jax.tree.map(jnp.subtract, _without_buffers(new), _without_buffers(old))
+    return optax.tree.norm(new), optax.tree.norm(moved)
 
 
-def _length(updates: Any, good: Array, new: Any, old: Any) -> Array:
-    return jnp.where(good, optax.tree.norm(updates), 0.0)
+def _norms_at_once(new: Any, old: Any) -> tuple[Array, Array]:
+    """One complex sum an array. Of one, the compiler of a GPU makes part of the loop that updates the array; of two it
+    makes a second loop over everything (benchmarks/notes.md, "Both norms in the loop of the update")."""
+
+    def of(a: nnx.Variable, b: nnx.Variable) -> Array:
+        moved = a[...] - b[...] if _is_learned(a) else jnp.zeros_like(a[...])
+        return jnp.sum(jax.lax.complex(jnp.square(a[...]), jnp.square(moved)))
+
+    pairs = zip(*(jax.tree.leaves(tree, is_leaf=is_variable) for tree in (new, old)), strict=True)
+    total = sum((of(a, b) for a, b in pairs), jnp.complex64(0))
+    return jnp.sqrt(total.real), jnp.sqrt(total.imag)
 
 
 def _without_buffers(tree: Any) -> list[nnx.Variable]:

@@ -21,7 +21,7 @@ from llamax.model.kernels import host_of, kernels_for
 from llamax.model.loss import target_weights, training_losses
 from llamax.model.transformer import Transformer
 from llamax.train.balance import move_biases, split_loads
-from llamax.train.optimizer import keep_if, make_optimizer, update_norm
+from llamax.train.optimizer import keep_if, make_optimizer, norms
 from llamax.train.precision import precision
 from llamax.train.remat import rematerialization
 from llamax.train.replicas import one_of, replicas, summed
@@ -189,12 +189,13 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig, execution: Ex
         (model, opt_state, AVERAGE_DECAY * average + (1 - AVERAGE_DECAY) * loss),
         (state.model, state.opt_state, state.average),
     )
+    param_norm, update_norm = norms(model, state.model)
     metrics = {
         "loss": loss,
         "lr": lr,
         "grad_norm": grad_norm,
-        "param_norm": optax.tree.norm(model),
-        "update_norm": update_norm(updates, good, model, state.model),
+        "param_norm": param_norm,
+        "update_norm": update_norm,
         "bad": (~good).astype(jnp.float32),
         **found,
     }
