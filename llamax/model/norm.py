@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -36,14 +38,61 @@ class Normalize(nnx.Module):
         config = self.config
         if isinstance(config, NoNorm):
             return x
-        wide = x.astype(jnp.float32)
-        if isinstance(config, LayerNorm):
-            wide = wide - wide.mean(-1, keepdims=True)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + config.eps)
         if isinstance(config, LayerNorm):  # rounded once, after the weights, as torch and Cohere do
-            wide = wide * self.scale.astype(jnp.float32)
+            wide = x.astype(jnp.float32)
+            wide = wide - wide.mean(-1, keepdims=True)
+            wide = wide * _inverse_rms(wide, config.eps) * self.scale.astype(jnp.float32)
             return (wide + self.bias.astype(jnp.float32) if config.bias else wide).astype(x.dtype)
+        if config.weight == "none":
+            return rms_norm(x, None, config.eps, False)
         if config.weight == "one_plus":
-            wide = wide * (1.0 + self.scale.astype(jnp.float32))
-        out = wide.astype(x.dtype)
-        return out * self.scale.astype(x.dtype) if config.weight == "one" else out
+            return rms_norm(x, 1.0 + self.scale.astype(jnp.float32), config.eps, False)
+        return rms_norm(x, self.scale[...], config.eps, True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def rms_norm(
+    x: Float[Array, "*lead width"], weight: Float[Array, "*own width"] | None, eps: float, rounded: bool
+) -> Float[Array, "*lead width"]:
+    """x over its root mean square, times `weight`; `rounded` to x's dtype before the weight too (Llama, not Gemma).
+
+    The backward rule forms its own root mean square: kept from the forward pass, it would keep the compiler of a GPU
+    from writing that in one kernel (benchmarks/notes.md, "Norms in one kernel").
+    """
+    wide = x.astype(jnp.float32)
+    unit = wide * _inverse_rms(wide, eps)
+    if weight is None:
+        return unit.astype(x.dtype)
+    if rounded:
+        return unit.astype(x.dtype) * weight.astype(x.dtype)
+    return (unit * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def _inverse_rms(x: Float[Array, "*lead width"], eps: float) -> Float[Array, "*lead 1"]:
+    return jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
+
+
+def _rms_norm_forward(x, weight, eps, rounded):  # type: ignore[no-untyped-def]
+    return rms_norm(x, weight, eps, rounded), (x, weight)
+
+
+def _rms_norm_backward(eps, rounded, saved, g):  # type: ignore[no-untyped-def]
+    x, weight = saved
+    x = jax.lax.platform_dependent(x, cuda=jax.lax.optimization_barrier, default=lambda x: x)
+    wide = x.astype(jnp.float32)
+    inverse = _inverse_rms(wide, eps)
+    d_unit, d_weight = g.astype(jnp.float32), None
+    if weight is not None:
+        lead = tuple(range(g.ndim - weight.ndim))
+        if rounded:
+            d_weight = (g * (wide * inverse).astype(g.dtype)).astype(jnp.float32).sum(lead)
+            d_unit = (g * weight.astype(g.dtype)).astype(jnp.float32)
+        else:
+            d_weight = (d_unit * wide * inverse).sum(lead)
+            d_unit = d_unit * weight.astype(jnp.float32)
+        d_weight = d_weight.astype(weight.dtype)
+    mean = jnp.mean(d_unit * wide, -1, keepdims=True)  # of what is there before `inverse`, so that one loop sums both
+    return (inverse * (d_unit - wide * (inverse * inverse * mean))).astype(x.dtype), d_weight
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -62,6 +65,47 @@ def test_one_plus_multiplies_in_float32_and_starts_neutral() -> None:
     wide = np.asarray(x, np.float64)
     exact = jnp.asarray(wide / np.sqrt((wide**2).mean(-1, keepdims=True)) * 1.001, jnp.bfloat16)
     assert float(jnp.mean(fine(x) == exact)) > 0.99
+
+
+WEIGHTS = {"one": lambda w: w, "one_plus": lambda w: 1 + w, "none": lambda w: 1.0}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 2e-2)])
+def test_gradients_of_rmsnorm_are_its_slopes(kind: str, dtype: str, tolerance: float) -> None:
+    """By finite differences in float64, of x and of weights that heads have for themselves."""
+    rng = np.random.default_rng(0)
+    config = RMSNorm(eps=0.5, weight=kind)  # type: ignore[arg-type]
+    norm = randomized(lambda _: Normalize(config, (3, 8), ("heads", "head_dim")))
+    x = jnp.asarray(rng.standard_normal((2, 3, 8)), dtype)
+    g = jnp.asarray(rng.standard_normal(x.shape), dtype)
+    found, d_x = jax.grad(lambda norm, x: jnp.sum((norm(x) * g).astype(jnp.float32)), (0, 1))(norm, x)
+
+    def total(x: np.ndarray, w: np.ndarray) -> float:
+        unit = x / np.sqrt((x**2).mean(-1, keepdims=True) + 0.5)
+        return float((unit * WEIGHTS[kind](w) * np.asarray(g, np.float64)).sum())
+
+    wide = np.asarray(x, np.float64)
+    w = np.zeros((3, 8)) if kind == "none" else np.asarray(norm.scale[...], np.float64)
+    scale = np.abs(np.asarray(d_x, np.float64)).max()
+    assert d_x.dtype == x.dtype
+    np.testing.assert_allclose(
+        np.asarray(d_x, np.float64), slopes(lambda x: total(x, w), wide), rtol=tolerance, atol=tolerance * scale
+    )
+    if kind != "none":
+        np.testing.assert_allclose(
+            found.scale[...], slopes(lambda w: total(wide, w), w), rtol=tolerance, atol=tolerance * scale
+        )
+
+
+def slopes(function: Callable[[np.ndarray], float], at: np.ndarray) -> np.ndarray:
+    """Central differences."""
+    found = np.zeros(at.shape)
+    for i in np.ndindex(*at.shape):
+        step = np.zeros(at.shape)
+        step[i] = 1e-5
+        found[i] = (function(at + step) - function(at - step)) / 2e-5
+    return found
 
 
 def test_weightless_rmsnorm_has_no_parameter() -> None:

@@ -1,4 +1,4 @@
-"""tools/bench_ahead.py: what it counts in a program, and the decoding step where a CUDA compiler is installed."""
+"""tools/bench_ahead.py: what it counts in a program, and what programs move where a CUDA compiler is installed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -62,7 +63,7 @@ def test_costs_are_those_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
-@pytest.mark.parametrize("section", ["decode", "packing"])
+@pytest.mark.parametrize("section", ["dense", "decode", "packing"])
 def test_the_programs_can_be_lowered(section: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """For the CPU that is here: what they are made of has the names and arguments the tool knows."""
     monkeypatch.syspath_prepend(str(TOOLS))
@@ -72,13 +73,30 @@ def test_the_programs_can_be_lowered(section: str, monkeypatch: pytest.MonkeyPat
     assert all("while" in lowered.as_text() for _, lowered in made)
 
 
-@pytest.mark.skipif(
+with_cuda = pytest.mark.skipif(
     not any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13)), reason="no CUDA compiler: llamax[cuda]"
 )
+
+
+def rows_of(section: str, folder: Path) -> list[dict[str, Any]]:
+    command = [sys.executable, str(TOOLS / "bench_ahead.py"), "--only", section, "--out", str(folder)]
+    subprocess.run(command, check=True, cwd=folder)
+    return json.loads(next(folder.glob("*-h200-ahead.json")).read_text())["rows"]
+
+
+@with_cuda
 def test_a_decoding_step_turns_no_cache(tmp_path: Path) -> None:
     """It reads 2.04 GB of weights and cache (device_check.py); turned in every layer, the cache adds 0.1 to 0.3."""
-    command = [sys.executable, str(TOOLS / "bench_ahead.py"), "--only", "decode", "--out", str(tmp_path)]
-    subprocess.run(command, check=True, cwd=tmp_path)
-    (row,) = json.loads(next(tmp_path.glob("*-h200-ahead.json")).read_text())["rows"]
+    (row,) = rows_of("decode", tmp_path)
     assert 2.0e9 < row["bytes"] < 2.1e9
     assert row["bytes_of_copies"] < 0.01 * row["bytes"]
+
+
+@with_cuda
+def test_a_training_step_goes_over_its_weights_once(tmp_path: Path) -> None:
+    """Of 1.078 billion parameters the update reads weights, both moments and the gradient, and writes the first three:
+    28 bytes each, and 4 more for the gradient's norm. The norms of weights and update add nothing, and forward norms
+    are one kernel each: they read and write 0.27 GB, where a second kernel reads 0.13 more."""
+    row = next(row for row in rows_of("dense", tmp_path) if row["what"].startswith("1B"))
+    assert row["bytes_by"]["optimizer"] < 1.02 * 32 * 1.078e9
+    assert row["bytes_by"]["norm"] < 50e9
