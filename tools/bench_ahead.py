@@ -1,6 +1,6 @@
 """What rows of device_check.py move, from their programs compiled for a GPU that is not there.
 
-    python tools/bench_ahead.py                      (needs llamax[cuda], no GPU; a minute)
+    python tools/bench_ahead.py                      (needs llamax[cuda], no GPU; two minutes)
     python tools/bench_ahead.py --gpu h100 --only decode --out benchmarks
 
 A line a program: kernels a step (a library's call is one), bytes they read and write (llamax/report/traffic.py), how

@@ -54,10 +54,10 @@ class Normalize(nnx.Module):
 def rms_norm(
     x: Float[Array, "*lead width"], weight: Float[Array, "*own width"] | None, eps: float, rounded: bool
 ) -> Float[Array, "*lead width"]:
-    """x over its root mean square, times `weight`; `rounded` to x's dtype before the weight too (Llama, not Gemma).
+    """x / sqrt(mean(x^2) + eps) times `weight` (arXiv:1910.07467), rounded once; with `rounded` before the weight too.
 
-    The backward rule forms its own root mean square: kept from the forward pass, it would keep the compiler of a GPU
-    from writing that in one kernel (benchmarks/notes.md, "Norms in one kernel").
+    The backward rule is dx = r (d - r^2 x mean(d x)), r = 1 / sqrt(mean(x^2) + eps) and d the cotangent times the
+    weight. It forms r again: if it read the forward pass's, a GPU would not write that in one kernel.
     """
     wide = x.astype(jnp.float32)
     unit = wide * _inverse_rms(wide, eps)
@@ -78,6 +78,7 @@ def _rms_norm_forward(x, weight, eps, rounded):  # type: ignore[no-untyped-def]
 
 def _rms_norm_backward(eps, rounded, saved, g):  # type: ignore[no-untyped-def]
     x, weight = saved
+    # Else the compiler finds that the forward pass has it, and keeps it (benchmarks/notes.md, "Norms in one kernel").
     x = jax.lax.platform_dependent(x, cuda=jax.lax.optimization_barrier, default=lambda x: x)
     wide = x.astype(jnp.float32)
     inverse = _inverse_rms(wide, eps)
@@ -91,7 +92,7 @@ def _rms_norm_backward(eps, rounded, saved, g):  # type: ignore[no-untyped-def]
             d_weight = (d_unit * wide * inverse).sum(lead)
             d_unit = d_unit * weight.astype(jnp.float32)
         d_weight = d_weight.astype(weight.dtype)
-    mean = jnp.mean(d_unit * wide, -1, keepdims=True)  # of what is there before `inverse`, so that one loop sums both
+    mean = jnp.mean(d_unit * wide, -1, keepdims=True)  # before `inverse` is known, so that one loop sums for both
     return (inverse * (d_unit - wide * (inverse * inverse * mean))).astype(x.dtype), d_weight
 
 

@@ -65,8 +65,10 @@ def keep_if(good: Bool[Array, ""], new: Any, old: Any) -> Any:
 
 
 def norms(new: Any, old: Any) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Global norms of the parameters `new`, and of what a step changed in `old` to make them, buffers aside: weights as
-    they are stored, so that an update that rounding swallows counts nothing."""
+    """Global norms of all of `new`, and of what a step changed in the weights of `old` to make it, without buffers.
+
+    It is the difference of weights as they are stored (float32), so an update that rounding swallows counts nothing.
+    """
     return jax.lax.platform_dependent(new, old, cuda=_norms_at_once, default=_norms)
 
 
@@ -76,8 +78,8 @@ def _norms(new: Any, old: Any) -> tuple[Array, Array]:
 
 
 def _norms_at_once(new: Any, old: Any) -> tuple[Array, Array]:
-    """One complex sum an array. Of one, the compiler of a GPU makes part of the loop that updates the array; of two it
-    makes a second loop over everything (benchmarks/notes.md, "Both norms in the loop of the update")."""
+    """The same by one sum of complex numbers an array: the compiler of a GPU makes one sum part of the loop that
+    updates the array, of two a loop of their own (benchmarks/notes.md, "Both norms in the loop of the update")."""
 
     def of(a: nnx.Variable, b: nnx.Variable) -> Array:
         moved = a[...] - b[...] if _is_learned(a) else jnp.zeros_like(a[...])

@@ -98,6 +98,35 @@ def test_gradients_of_rmsnorm_are_its_slopes(kind: str, dtype: str, tolerance: f
         )
 
 
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_rmsnorm_rounds_where_the_plain_formula_does(kind: str) -> None:
+    """In bfloat16, against autodiff of the formula: the same bits forward, a last digit of difference backward. The
+    weight's gradient is exact to float32, summed over more rows than bfloat16 can count."""
+    rng = np.random.default_rng(1)
+    norm = randomized(lambda _: Normalize(RMSNorm(eps=1e-5, weight=kind), 64))  # type: ignore[arg-type]
+    x, g = (jnp.asarray(rng.standard_normal((4096, 64)), jnp.bfloat16) for _ in range(2))
+
+    def plain(norm: Normalize, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-5)
+        if kind == "one_plus":
+            wide = wide * (1.0 + norm.scale[...])
+        out = wide.astype(x.dtype)
+        return out * norm.scale.astype(x.dtype) if kind == "one" else out
+
+    y, back = jax.vjp(lambda norm, x: norm(x), norm, x)
+    expected, back_plain = jax.vjp(plain, norm, x)
+    np.testing.assert_array_equal(np.asarray(y, np.float32), np.asarray(expected, np.float32))
+    (d_norm, d_x), (_, d_plain) = back(g), back_plain(g)
+    d_x, d_plain = (np.asarray(d, np.float32) for d in (d_x, d_plain))
+    np.testing.assert_allclose(d_x, d_plain, rtol=2**-7, atol=2**-7 * np.abs(d_plain).mean(-1).min())
+    assert np.mean(d_x == d_plain) > 0.99
+    if kind == "one":  # products are rounded, as autodiff's are, and their sum is not
+        unit = np.asarray(Normalize(RMSNorm(eps=1e-5), 64)(x), np.float64)
+        products = jnp.asarray(unit * np.asarray(g, np.float64), jnp.bfloat16)
+        np.testing.assert_allclose(d_norm.scale[...], np.asarray(products, np.float64).sum(0), rtol=1e-4, atol=1e-3)
+
+
 def slopes(function: Callable[[np.ndarray], float], at: np.ndarray) -> np.ndarray:
     """Central differences."""
     found = np.zeros(at.shape)

@@ -99,4 +99,4 @@ def test_a_training_step_goes_over_its_weights_once(tmp_path: Path) -> None:
     are one kernel each: they read and write 0.27 GB, where a second kernel reads 0.13 more."""
     row = next(row for row in rows_of("dense", tmp_path) if row["what"].startswith("1B"))
     assert row["bytes_by"]["optimizer"] < 1.02 * 32 * 1.078e9
-    assert row["bytes_by"]["norm"] < 50e9
+    assert row["bytes_by"]["norm"] < 49.3e9
