@@ -113,9 +113,10 @@ def chooses(config: RunConfig) -> bool:
 def assert_same_training(config: RunConfig, devices: list[jax.Device], style: str) -> None:
     ours, theirs = trained(config, devices).passes, alone(style).passes
     # Two steps see the forward, the backward and the update. After that, which machine sums in which order decides
-    # when a near tie of two experts or keys falls the other way: one token of 256, 4e-4 of the loss in a trial.
-    exact = 2 if chooses(config) else 5
-    for name in ("trained", "compared"):
+    # when a near tie of two experts or keys falls the other way: one token of 256, 4e-4 of the loss in a trial. At ten
+    # times the learning rate the second step may see one already: in DeepSeek-V3's, two groups are 1e-6 apart.
+    choosing = chooses(config)
+    for name, exact in (("trained", 1 if choosing else 5), ("compared", 2 if choosing else 5)):
         found, expected = ours[name][0], theirs[name][0]
         assert found.keys() == expected.keys()
         np.testing.assert_allclose(found["loss"][:exact], expected["loss"][:exact], rtol=1e-5)
