@@ -1,6 +1,6 @@
 """What rows of device_check.py move, from their programs compiled for a GPU that is not there.
 
-    python tools/bench_ahead.py                      (needs llamax[cuda], no GPU; two minutes)
+    python tools/bench_ahead.py                      (needs llamax[cuda], no GPU; a minute)
     python tools/bench_ahead.py --gpu h100 --only decode --out benchmarks
 
 A line a program: kernels a step (a library's call is one), bytes they read and write (llamax/report/traffic.py), how
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 MEMBERS, CAPACITY = 16, 512  # of a population; slots of the cache that device_check.py's decoding ends with
-BATCHES = {"1B": 8, "50M": 64}
+BATCHES = {"1B": 8, "50M": 64}  # that device_check.py found to fit an H200, and measured
 Row = dict[str, Any]
 
 
@@ -61,7 +61,7 @@ def decode(device: Any) -> Iterator[tuple[str, Any]]:
 
 
 def dense(device: Any) -> Iterator[tuple[str, Any]]:
-    """The whole step of device_check.py's dense sizes that a target is set for, at the batches it found to fit."""
+    """The whole step of device_check.py's dense sizes that a target is set for."""
     from device_sections import DENSE, TARGETED, config_of
 
     for name in TARGETED:

@@ -29,9 +29,7 @@ from llamax.config.run import RunConfig
 
 SHARE = 0.85  # of a device's memory that the estimate may fill, as for train.remat=auto
 FILL = 64  # rows or columns at which a product runs at half its peak
-UPDATE = (
-    80  # bytes read and written a parameter: AdamW's 28, norms, the choice between old and new state; 32 on one GPU
-)
+UPDATE = 80  # bytes read and written a parameter, a guess: AdamW's 28 and loops that are not joined
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,10 @@ RUN: dict[str, Any] = {
 }
 
 
+# With seed 0 two groups of experts are 1e-6 apart at the second step, which a rounding turns over; with 3, 3e-4.
+SEEDS = {"deepseek_v3": 3}
+
+
 def subset(*default: str) -> list[Any]:
     return [s if s in default else pytest.param(s, marks=pytest.mark.slow) for s in STYLES]
 
@@ -49,7 +53,8 @@ def subset(*default: str) -> list[Any]:
 def family(style: str, mesh: dict[str, int], *overrides: str) -> RunConfig:
     plain = run_from_data({**RUN, "mesh": mesh}, [f"style={style}"])
     last = len(plain.model.segments) - 1
-    return run_from_data({**RUN, "mesh": mesh}, [f"style={style}", f"model.segments.{last}.repeat=2", *overrides])
+    fixed = [f"style={style}", f"model.segments.{last}.repeat=2", f"train.seed={SEEDS.get(style, 0)}"]
+    return run_from_data({**RUN, "mesh": mesh}, [*fixed, *overrides])
 
 
 def tokens() -> dict[str, np.ndarray]:
@@ -113,10 +118,9 @@ def chooses(config: RunConfig) -> bool:
 def assert_same_training(config: RunConfig, devices: list[jax.Device], style: str) -> None:
     ours, theirs = trained(config, devices).passes, alone(style).passes
     # Two steps see the forward, the backward and the update. After that, which machine sums in which order decides
-    # when a near tie of two experts or keys falls the other way: one token of 256, 4e-4 of the loss in a trial. At ten
-    # times the learning rate the second step may see one already: in DeepSeek-V3's, two groups are 1e-6 apart.
-    choosing = chooses(config)
-    for name, exact in (("trained", 1 if choosing else 5), ("compared", 2 if choosing else 5)):
+    # when a near tie of two experts or keys falls the other way: one token of 256, 4e-4 of the loss in a trial.
+    exact = 2 if chooses(config) else 5
+    for name in ("trained", "compared"):
         found, expected = ours[name][0], theirs[name][0]
         assert found.keys() == expected.keys()
         np.testing.assert_allclose(found["loss"][:exact], expected["loss"][:exact], rtol=1e-5)
