@@ -74,7 +74,7 @@ def ablate_report(
     from llamax.report.ablation import ablation_page, ablation_runs
     from llamax.report.ledger import save_ledger
     from llamax.scaling import ablation
-    from llamax.train.files import write_atomic
+    from llamax.storage.files import write_atomic
 
     runs = ablation_runs(study)
     if sizes is not None:

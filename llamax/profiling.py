@@ -130,7 +130,8 @@ def _workspace(folder: Path) -> Iterator[Path]:
 def _put(summary: dict[str, Any], work: Path, folder: Path, before: dict[str, Any] | None) -> dict[str, Any]:
     """Move the trace into `folder`, write the page and the summary, and drop the trace that was there before."""
     from llamax.report.profile_page import sections, to_text
-    from llamax.train.files import write_atomic, writing
+    from llamax.storage.files import write_atomic
+    from llamax.train.files import writing
 
     with writing(folder):
         (trace,) = (work / TRACES).iterdir()

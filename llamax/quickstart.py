@@ -23,9 +23,9 @@ from llamax.config.load import load_run
 from llamax.config.sweep import Isoflop, SweepConfig, load_sweep
 from llamax.errors import UserError
 from llamax.mesh.cpu import cores
+from llamax.storage.files import write_atomic
 from llamax.sweep.plan import Cell, Plan, make_plan
 from llamax.sweep.study import add_cells, open_study
-from llamax.train.files import write_atomic
 
 # The prediction is made for this many times the largest trained budget: 3x is promised, the rest covers whole steps.
 PREDICTION_FACTOR = 3.2

@@ -95,8 +95,8 @@ def measure(study: Path, size: str) -> dict[str, Any]:
     from llamax.report.ledger import save_ledger
     from llamax.report.plots_transfer import transfer_picture
     from llamax.scaling import transfer_summary
+    from llamax.storage.files import write_atomic
     from llamax.sweep.transfer import transfer_runs
-    from llamax.train.files import write_atomic
 
     runs = transfer_runs(study)
     found = transfer_summary(runs, size)

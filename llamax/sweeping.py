@@ -163,11 +163,11 @@ def sweep_next(
     from llamax.columns import LEDGER_COLUMNS
     from llamax.config.load import dump_yaml
     from llamax.report.ledger import ledger, usable_runs
+    from llamax.storage.files import write_atomic
     from llamax.sweep.design import ladder_of
     from llamax.sweep.design_report import next_tables
     from llamax.sweep.next import next_cells, next_spec, prior_of, propose, study_sizes
     from llamax.sweep.study import add_cells, read_study
-    from llamax.train.files import write_atomic
 
     for name, value in (("--flops", flops), ("--target", target)):
         if value is not None and not 0 < value < float("inf"):

@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from llamax.data.files import atomic_write
 from llamax.data.pieces import Document, Piece, Skip, read_piece
 from llamax.data.split import DIGEST_BYTES, digest, parts
 from llamax.errors import UserError
+from llamax.storage.files import replacing
 from llamax.text.open import load_tokenizer
 from llamax.text.tokenizers import Tokenizer
 
@@ -132,7 +132,7 @@ def tokenize_shard(job: Job) -> Path:
         arrays[f"{split}_tokens"] = np.concatenate([np.zeros(0, dtype), *tokens[split]])
         arrays[f"{split}_lengths"] = np.array([len(t) for t in tokens[split]], np.int64)
         arrays[f"{split}_bytes"] = np.int64(size[split])
-    with atomic_write(job.path) as file:
+    with replacing(job.path) as file:
         np.savez(file, **arrays)
     return job.path
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from llamax.config import run as config
-from llamax.data.files import atomic_write, disk_errors, locked
+from llamax.data.files import disk_errors, locked
 from llamax.data.format import (
     FORMAT,
     SPLITS,
@@ -47,6 +47,7 @@ from llamax.data.sources import Listing, list_source
 from llamax.data.split import fates, parts
 from llamax.errors import UserError
 from llamax.mesh.cpu import cores
+from llamax.storage.files import replacing
 from llamax.text.open import load_tokenizer
 from llamax.text.sentence import SAMPLE_BYTES, SentencePieceTokenizer, train_sentencepiece
 from llamax.text.tokenizers import Tokenizer
@@ -154,7 +155,7 @@ def _build(plan: _Plan, count: int, report: Progress) -> None:
         fate = _decide(plan, shards, scans)
         tokenizer = _tokenizer(plan, shards, scans, fate, report)
         for name, data in tokenizer.files().items():
-            with atomic_write(plan.work / name) as file:
+            with replacing(plan.work / name) as file:
                 file.write(data)
         jobs = [
             Job(shard, scans[i].digests, fate[i], plan.corpus.held_out_fraction, tokenizer.spec(), str(plan.work))
@@ -162,7 +163,7 @@ def _build(plan: _Plan, count: int, report: Progress) -> None:
         ]
         written = _with_progress(run, tokenize_shard, jobs, [s.size for s in shards], "tokenizing", report)
     manifest = _join(plan, shards, scans, fate, tokenizer, written)
-    with atomic_write(plan.out / "manifest.json") as file:
+    with replacing(plan.out / "manifest.json") as file:
         file.write(json.dumps(manifest, indent=1).encode() + b"\n")
     shutil.rmtree(plan.out / ".build", ignore_errors=True)
 
@@ -230,7 +231,7 @@ def _tokenizer(
         size = sum(int(scan.sizes[f > 0].sum()) for scan, f in zip(scans, fate, strict=True))
         sample = _sample(shards, fate, plan.corpus.held_out_fraction, min(1.0, SAMPLE_BYTES[wanted.model_type] / size))
         model = train_sentencepiece(sample, wanted.vocab_size, wanted.model_type)
-        with atomic_write(file) as target:
+        with replacing(file) as target:
             target.write(model)
         report("training the tokenizer", 1, 1)
     return SentencePieceTokenizer(file.read_bytes())
@@ -269,7 +270,7 @@ def _join(
         "sources": [],
     }
     for name, data in tokenizer.files().items():
-        with atomic_write(plan.out / name) as file:
+        with replacing(plan.out / name) as file:
             file.write(data)
         manifest["files"][name] = {"bytes": (plan.out / name).stat().st_size, "sha256": file_digest(plan.out / name)}
     dtype = np.dtype(token_dtype(tokenizer.vocab_size))
@@ -306,7 +307,7 @@ def _load(path: Path, name: str) -> np.ndarray:
 
 def _write_array(path: Path, arrays: Any, dtype: np.dtype[Any], count: int) -> dict[str, Any]:
     """A 1-D .npy from consecutive arrays, of which one at a time is in memory."""
-    with atomic_write(path) as file:
+    with replacing(path) as file:
         np.lib.format.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": (count,)})
         for array in arrays:
             file.write(np.ascontiguousarray(array, dtype).data)

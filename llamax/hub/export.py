@@ -21,8 +21,9 @@ from llamax.hub.dialects import write_config
 from llamax.hub.plan import Piece, plan
 from llamax.hub.safetensors import Pending, shards, write_file
 from llamax.model.transformer import Transformer
+from llamax.storage.files import beside, sync_folder
 from llamax.text.open import FILES
-from llamax.train.files import sync_folder, writing
+from llamax.train.files import writing
 
 SHARD = 5 << 30  # bytes a file, as transformers cuts them
 Parts = list[tuple[str, Piece]]  # (path of our array, the piece of it) in the order the tensor holds them
@@ -119,10 +120,9 @@ def fresh_folder(folder: Path) -> Iterator[Path]:
     folder = Path(os.path.abspath(folder))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: already there; give a new folder, or remove it first")
-    work = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    work = beside(folder)
     try:
         with writing(folder):
-            shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
             yield work
             if folder.is_dir():

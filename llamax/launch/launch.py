@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from llamax.errors import UserError
 from llamax.launch.estimate import Estimate, estimate
 from llamax.launch.protocol import Settings, find_launcher
 from llamax.launch.records import count, jobs, record
+from llamax.storage.files import beside
 from llamax.storage.places import address_of
 from llamax.sweep.plan import Plan
 from llamax.sweep.study import clear_failures, is_finished, is_settled, open_study
@@ -50,7 +50,7 @@ def launch(
         plan = open_study(study, plan)
         for folder in ("launches", "logs"):
             (study / folder).mkdir(exist_ok=True)
-        probe = study / "launches" / f".probe-{os.getpid()}"
+        probe = beside(study / "launches" / "probe")
         probe.write_bytes(b"")
         probe.unlink()
     live = [job for job in jobs(study) if job["live"]]

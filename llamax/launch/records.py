@@ -16,8 +16,8 @@ from llamax.config.load import validate
 from llamax.errors import UserError
 from llamax.launch.protocol import Job, Launcher, Settings, find_launcher
 from llamax.storage.copies import publish
+from llamax.storage.files import write_atomic
 from llamax.sweep.study import read_json
-from llamax.train.files import write_atomic
 
 
 def record(study: Path, launcher: str, settings: Settings, ids: Sequence[str], text: str) -> None:

@@ -13,6 +13,7 @@ from llamax.report.content import sections
 from llamax.report.markdown import to_markdown
 from llamax.report.study import load_study
 from llamax.report.style import DARK, DARK_SEQUENCE, FONT, LIGHT, LIGHT_SEQUENCE, theme_variables
+from llamax.storage.files import write_atomic
 
 
 def write_report(
@@ -101,9 +102,7 @@ def _css() -> str:
 
 
 def _write(path: Path, text: str) -> Path:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    write_atomic(path, text, durable=False)
     return path
 
 

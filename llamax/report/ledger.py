@@ -12,6 +12,7 @@ from llamax.errors import UserError
 from llamax.report.branching import BRANCHING, TRAINED, branching, saving
 from llamax.report.read import cells_by_directory, find_runs, flatten, number, read_lines, read_object
 from llamax.storage.copies import at_hand
+from llamax.storage.files import replacing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -132,17 +133,16 @@ def save_ledger(frame: pd.DataFrame, file: str | Path) -> Path:
     if file.suffix not in (".csv", ".parquet"):
         raise UserError(f"{file}: unknown kind of table {file.suffix!r}; give a name ending in .csv or .parquet")
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
     try:
-        if file.suffix == ".csv":
-            frame.to_csv(part, index=False)
-        else:
-            frame.to_parquet(part, index=False)
+        with replacing(file, durable=False) as part:
+            if file.suffix == ".csv":
+                frame.to_csv(part, index=False)
+            else:
+                frame.to_parquet(part, index=False)
     except ImportError:
         raise UserError(
             f"{file}: writing Parquet needs pyarrow; pip install 'llamax[parquet]', or give a .csv name"
         ) from None
-    part.replace(file)
     return file
 
 

@@ -24,7 +24,8 @@ from llamax.scaling.laws import Scalar
 from llamax.scaling.prediction import score
 from llamax.scaling.reading import KINDS
 from llamax.storage.copies import at_hand, publish
-from llamax.train.files import write_atomic, writing
+from llamax.storage.files import write_atomic
+from llamax.train.files import writing
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from llamax.errors import UserError
 from llamax.storage.bucket import ABSENT, Conflict, Missing, Object, open_bucket
+from llamax.storage.files import write_atomic
 from llamax.storage.places import address, address_of, is_address, is_staged, notes_of, parts, view_of
 
 T = TypeVar("T")
@@ -153,22 +154,19 @@ class Copy:
     def _fetch(self, name: str, item: Object) -> None:
         path = self.local / name
         try:
-            self.bucket.download(item.key, path)
+            stat = self.bucket.download(item.key, path)
         except Missing:  # deleted since the listing
             return
         except OSError as error:
             raise UserError(
                 f"{path}: cannot be written: {error.strerror}; a copy of {self.address} goes there"
             ) from None
-        stat = path.stat()
         self._keep(name, Note(item.version, stat.st_size, stat.st_mtime_ns))
 
     def _keep(self, name: str, note: Note) -> None:
         path = self._note_path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(note))
-        os.replace(temporary, path)
+        write_atomic(path, json.dumps(note), durable=False)
 
     def _drop(self, name: str) -> None:
         self._note_path(name).unlink(missing_ok=True)

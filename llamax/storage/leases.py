@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llamax.storage.bucket import ABSENT, Conflict, Missing, StorageError, open_bucket
+from llamax.storage.files import beside, write_atomic
 from llamax.storage.identity import alive, me
 from llamax.storage.places import address_of
 
@@ -210,10 +211,7 @@ class FolderRecords:
         os.utime(self.folder / _name(name, number))
 
     def end(self, name: str, number: int) -> None:
-        path = self.folder / _name(name, number)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
-        temporary.write_text(json.dumps({"cell": name, "released": True}), encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomic(self.folder / _name(name, number), json.dumps({"cell": name, "released": True}), durable=False)
 
     def ended(self, name: str, number: int) -> bool:
         return False
@@ -222,7 +220,7 @@ class FolderRecords:
         return self.now() - entry.stamp < term
 
     def now(self) -> float:
-        probe = self.folder / f".now-{os.getpid()}-{threading.get_ident()}"
+        probe = beside(self.folder / "now")
         try:
             probe.write_bytes(b"")
             os.utime(probe)
@@ -235,7 +233,7 @@ class FolderRecords:
 
 def _create(path: Path, text: str) -> bool:
     """A new file with its whole text, or False if it exists. Hard link where the file system has them."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
+    temporary = beside(path)
     temporary.write_text(text, encoding="utf-8")
     try:
         os.link(temporary, path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from llamax.config.run import RunConfig
 from llamax.errors import Interrupted
 from llamax.storage.bucket import StorageError
 from llamax.storage.copies import publish, refresh
+from llamax.storage.files import write_atomic
 from llamax.storage.places import address_of
 from llamax.sweep.claim import Lease, LeaseLost
 from llamax.sweep.deaths import counted
@@ -136,8 +136,6 @@ class _Saver:
         self.due, self.phase = now + self.seconds, progress.phase
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(progress).items()}
         text = json.dumps({**finite, "pid": me()["pid"], "started": self.started, "time": time.time()})
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        temporary.write_text(text, encoding="utf-8")  # no fsync: losing a report in a power cut is no loss
-        os.replace(temporary, self.path)
+        write_atomic(self.path, text, durable=False)  # losing a report in a power cut is no loss
         with suppress(StorageError):  # the next report is as good
             publish(self.path, over=True, seconds=0.0)

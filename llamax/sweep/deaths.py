@@ -15,9 +15,9 @@ from pathlib import Path
 
 from llamax.errors import UserError
 from llamax.storage.copies import publish
+from llamax.storage.files import write_atomic
 from llamax.sweep.plan import Cell
 from llamax.sweep.study import read_json
-from llamax.train.files import write_atomic
 from llamax.train.run_dir import CHECKPOINTS
 
 DEATHS = 5  # without a new checkpoint between them

@@ -15,13 +15,13 @@ from llamax.config.merge import apply_override
 from llamax.config.run import RunConfig
 from llamax.config.sweep import Design, Horizons, Rules, SweepConfig
 from llamax.errors import UserError
+from llamax.storage.files import write_atomic
 from llamax.sweep.ablate import variants
 from llamax.sweep.expand import Point, expand, safe
 from llamax.sweep.rules import resolve
 from llamax.sweep.throughput import Throughput, guess
 from llamax.sweep.trunk import RULES, Draft, drafts
 from llamax.sweep.warn import warnings_of
-from llamax.train.files import write_atomic
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from llamax.config.run import RunConfig
 from llamax.config.sweep import SweepConfig
 from llamax.errors import UserError
 from llamax.storage.copies import publish
+from llamax.storage.files import write_atomic
 from llamax.sweep.plan import Cell, Plan, load_plan, save_plan
-from llamax.train.files import write_atomic
 from llamax.train.run_dir import CHECKPOINTS
 
 

@@ -33,8 +33,9 @@ from llamax.config.run import CheckpointConfig
 from llamax.errors import UserError
 from llamax.mesh.job import ALONE, Job
 from llamax.storage.copies import fill
+from llamax.storage.files import sync_folder
 from llamax.train.digests import Damaged, read_note, verify_digests, write_digests
-from llamax.train.files import disk_cause, hush_closed_loops, sync_folder
+from llamax.train.files import disk_cause, hush_closed_loops
 from llamax.train.run_dir import CHECKPOINTS
 
 # Orbax's patience with a save goes by the wall clock, which may leap; dead peers are noticed by mesh/channel.py. So: a

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from llamax.train.files import write_atomic
+from llamax.storage.files import write_atomic
 
 DIGESTS = "digests.json"
 

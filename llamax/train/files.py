@@ -1,4 +1,4 @@
-"""Writing files that are whole or absent, and failures of the disk in words."""
+"""Failures of the disk in words."""
 
 from __future__ import annotations
 
@@ -8,43 +8,13 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from llamax.errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Put `text` at `path` whole: a crash at any moment leaves the old file or the new one, also after a power cut.
-
-    Raises:
-        OSError: the disk's; the old file is untouched.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable, on file systems that can."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def disk_cause(error: BaseException | None) -> str | None:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from llamax.errors import UserError
-from llamax.train.files import write_atomic, writing
+from llamax.storage.files import write_atomic
+from llamax.train.files import writing
 
 
 def plain(value: Any) -> Any:

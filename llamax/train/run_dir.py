@@ -26,8 +26,9 @@ from llamax.config.files import read_yaml
 from llamax.config.load import diff, dump_yaml, validate
 from llamax.config.run import IDENTITY, RunConfig
 from llamax.errors import UserError
+from llamax.storage.files import write_atomic
 from llamax.train.env import environment
-from llamax.train.files import write_atomic, writing
+from llamax.train.files import writing
 from llamax.train.lock import locked
 from llamax.train.mirror import Mirror, mirrored
 from llamax.train.mirror import stage as stage
