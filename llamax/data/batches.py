@@ -45,7 +45,7 @@ class TrainBatches:
         seq_len: int,
         seed: int,
         mask_documents: bool = False,
-        rows: Int64[np.ndarray, "rows"] | None = None,
+        rows: Int64[np.ndarray, " rows"] | None = None,
     ):
         for source in store.sources:
             if len(source.train.tokens) <= seq_len:
@@ -87,7 +87,9 @@ class TrainBatches:
             batch["segments"] = self._gather(source, window, self._segments)
         return {name: rows.reshape(count, len(self.rows), -1) for name, rows in batch.items()}
 
-    def _gather(self, source: Int64[np.ndarray, "batch"], window: Int64[np.ndarray, "batch"], rows: Rows) -> np.ndarray:
+    def _gather(
+        self, source: Int64[np.ndarray, " batch"], window: Int64[np.ndarray, " batch"], rows: Rows
+    ) -> np.ndarray:
         """`rows(i, windows)` of every source, each in its place: [batch, seq_len + 1] int32."""
         if len(self._sources) == 1:
             return rows(0, window).astype(np.int32)
@@ -96,7 +98,7 @@ class TrainBatches:
             result[source == i] = rows(i, window[source == i])
         return result
 
-    def _segments(self, source: int, window: Int64[np.ndarray, "rows"]) -> Int32[np.ndarray, "rows length"]:
+    def _segments(self, source: int, window: Int64[np.ndarray, " rows"]) -> Int32[np.ndarray, "rows length"]:
         return segments(self._sources[source].train, window * self.seq_len, self.seq_len + 1)
 
     def _windows_of(self, draws: Draws) -> tuple[Draws, Draws]:
@@ -142,7 +144,7 @@ def _shares(weights: list[float]) -> list[int]:
     return [max(1, round(SHARES * weight / sum(weights))) for weight in weights]
 
 
-def _drawn(draws: Int64[np.ndarray, "n"], shares: list[int]) -> Int64[np.ndarray, "sources n"]:
+def _drawn(draws: Int64[np.ndarray, " n"], shares: list[int]) -> Int64[np.ndarray, "sources n"]:
     """How many of the first `draws` draws came from each source.
 
     Source 0 gets its share of them rounded up, the next its share of what is left, and so on: each count is within one
@@ -156,7 +158,7 @@ def _drawn(draws: Int64[np.ndarray, "n"], shares: list[int]) -> Int64[np.ndarray
     return np.stack(counts)
 
 
-def segments(split: Split, starts: Int64[np.ndarray, "batch"], length: int) -> Int32[np.ndarray, "batch length"]:
+def segments(split: Split, starts: Int64[np.ndarray, " batch"], length: int) -> Int32[np.ndarray, "batch length"]:
     """Which document of its window each position belongs to, from 1."""
     first = np.searchsorted(split.ends, starts, side="right")
     inside = np.searchsorted(split.ends, starts + length - 1, side="right") - first  # documents that end in each window
@@ -176,7 +178,7 @@ def eval_batches(
     seq_len: int,
     max_tokens: int | None = None,
     mask_documents: bool = False,
-    rows: Int64[np.ndarray, "rows"] | None = None,
+    rows: Int64[np.ndarray, " rows"] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """The held-out split in order, every target token once, in batches of one shape; of each the `rows` asked for.
 

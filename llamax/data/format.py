@@ -33,8 +33,8 @@ KEYS = {"fingerprint", "key", "vocab_size", "eos_id", "tokenizer", "files", "sou
 class Split:
     """One split of one source: `tokens` end to end, and where each document `ends`."""
 
-    tokens: UInt[np.ndarray, "tokens"]
-    ends: Int64[np.ndarray, "documents"]
+    tokens: UInt[np.ndarray, " tokens"]
+    ends: Int64[np.ndarray, " documents"]
 
 
 @dataclass(frozen=True)

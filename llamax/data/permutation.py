@@ -16,7 +16,7 @@ SMALLEST = 16  # bits of a block
 WORD = 0xFFFFFFFF
 
 
-def shuffled(index: Int64[np.ndarray, "n"], count: int, seed: int) -> Int64[np.ndarray, "n"]:
+def shuffled(index: Int64[np.ndarray, " n"], count: int, seed: int) -> Int64[np.ndarray, " n"]:
     """Where each `index` (0 to `count` - 1) goes in the permutation of `count` things that `seed` (32 bits) names.
 
     Grain's order for every `count` but 2^k + 1 with k even and at least 16, where Grain's blocks are a bit too narrow
@@ -32,7 +32,7 @@ def shuffled(index: Int64[np.ndarray, "n"], count: int, seed: int) -> Int64[np.n
 
 
 @functools.lru_cache(maxsize=32)
-def _table(count: int, seed: int) -> Int64[np.ndarray, "count"]:
+def _table(count: int, seed: int) -> Int64[np.ndarray, " count"]:
     """The whole permutation of `count` things in the smallest block, where walks are long: all of them at once, by
     doubling their length until every value is home."""
     values = np.arange(1 << SMALLEST)
@@ -43,7 +43,7 @@ def _table(count: int, seed: int) -> Int64[np.ndarray, "count"]:
     return walked[after[:count]]
 
 
-def _enciphered(value: UInt64[np.ndarray, "n"], half: np.uint64, keys: tuple[int, ...]) -> UInt64[np.ndarray, "n"]:
+def _enciphered(value: UInt64[np.ndarray, " n"], half: np.uint64, keys: tuple[int, ...]) -> UInt64[np.ndarray, " n"]:
     """Feistel rounds on blocks of two words of `half` bits."""
     mask = np.uint64((1 << int(half)) - 1)
 

@@ -25,10 +25,10 @@ def digest(text: str) -> bytes:
 
 def fates(
     digests: UInt8[np.ndarray, "documents 16"],
-    sizes: Int64[np.ndarray, "documents"],
-    sources: Int64[np.ndarray, "documents"],
+    sizes: Int64[np.ndarray, " documents"],
+    sources: Int64[np.ndarray, " documents"],
     fraction: float,
-) -> UInt8[np.ndarray, "documents"]:
+) -> UInt8[np.ndarray, " documents"]:
     """The fate of every document, in corpus order; `sizes` are bytes, `fraction` the share to hold out.
 
     The first of equal documents is kept. A document is held out when its digest, read as a number in [0, 1), is below

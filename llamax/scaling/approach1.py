@@ -132,7 +132,7 @@ def _envelope(curves: list[tuple[Any, pd.DataFrame]], levels: int) -> Envelope:
     )
 
 
-def _along(rows: pd.DataFrame, grid: Float[np.ndarray, "levels"], values: np.ndarray) -> np.ndarray:
+def _along(rows: pd.DataFrame, grid: Float[np.ndarray, " levels"], values: np.ndarray) -> np.ndarray:
     return np.interp(np.log(grid), np.log(rows["flops"].to_numpy(float)), values, left=np.nan, right=np.nan)
 
 

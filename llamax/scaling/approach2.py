@@ -170,7 +170,7 @@ def budget_name(label: Any) -> str:
 
 
 def fit_power_law(
-    log_c: Float[np.ndarray, "budgets"],
+    log_c: Float[np.ndarray, " budgets"],
     log_v: Float[np.ndarray, "draws budgets"],
     valid: Bool[np.ndarray, "draws budgets"],
 ) -> PowerLaw:

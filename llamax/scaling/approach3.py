@@ -108,9 +108,9 @@ def residual_scale(fit: ParametricFit) -> float:
 
 
 def fit_approach3(
-    n: Float[np.ndarray, "runs"],
-    d: Float[np.ndarray, "runs"],
-    loss: Float[np.ndarray, "runs"],
+    n: Float[np.ndarray, " runs"],
+    d: Float[np.ndarray, " runs"],
+    loss: Float[np.ndarray, " runs"],
     *,
     delta: float = 1e-3,
     method: str = "huber",
@@ -131,9 +131,9 @@ def fit_approach3(
 
 
 def fit_coupled(
-    n: Float[np.ndarray, "runs"],
-    d: Float[np.ndarray, "runs"],
-    loss: Float[np.ndarray, "runs"],
+    n: Float[np.ndarray, " runs"],
+    d: Float[np.ndarray, " runs"],
+    loss: Float[np.ndarray, " runs"],
     *,
     delta: float = 1e-3,
     method: str = "huber",
@@ -218,15 +218,15 @@ def _result(
 
 def refit(
     fit: ParametricFit,
-    n: Float[np.ndarray, "runs"],
-    d: Float[np.ndarray, "runs"],
-    loss: Float[np.ndarray, "runs"],
+    n: Float[np.ndarray, " runs"],
+    d: Float[np.ndarray, " runs"],
+    loss: Float[np.ndarray, " runs"],
     weights: Float[np.ndarray, "draws runs"],
     *,
     extra_starts: int = 1,
     shift: float | np.ndarray = 0.0,
     losses: Float[np.ndarray, "draws runs"] | None = None,
-) -> tuple[Law, Float[np.ndarray, "draws"]]:
+) -> tuple[Law, Float[np.ndarray, " draws"]]:
     """Fit every row of run `weights` (bootstrap counts) at once, warm from `fit` and from a few other good starts.
 
     `shift` moves the centre of the coupled law's prior by that many of its widths (one number, or one a draw).

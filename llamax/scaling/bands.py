@@ -12,18 +12,18 @@ from llamax.scaling.laws import Cost, optimal_allocation
 POINTS, BEYOND = 40, 100.0  # of the grid, which ends at BEYOND times the largest compute measured
 
 
-def compute_grid(flops: Float[np.ndarray, "runs"]) -> Float[np.ndarray, "points"]:
+def compute_grid(flops: Float[np.ndarray, " runs"]) -> Float[np.ndarray, " points"]:
     """Compute, in training FLOPs, from half the least measured to BEYOND times the most, evenly in its logarithm."""
     return np.geomspace(flops.min() / 2, BEYOND * flops.max(), POINTS)
 
 
-def approach2_bands(draws: Approach2Draws, grid: Float[np.ndarray, "points"], level: float) -> dict[str, Any] | None:
+def approach2_bands(draws: Approach2Draws, grid: Float[np.ndarray, " points"], level: float) -> dict[str, Any] | None:
     """Percentile bands of N_opt and D_opt: `flops`, `n` and `d`, each `low` and `high`. None with too few draws."""
     return _bands(grid, level, n=draws.n.at, d=draws.d.at)
 
 
 def parametric_bands(
-    draws: ParametricDraws, cost: Cost, grid: Float[np.ndarray, "points"], level: float
+    draws: ParametricDraws, cost: Cost, grid: Float[np.ndarray, " points"], level: float
 ) -> dict[str, Any] | None:
     """Percentile bands of the law's own optimum: `flops`, `n`, `d`, and `loss` there in nats per token."""
 

@@ -147,12 +147,12 @@ def _prior(objective: Objective, scatter: float) -> tuple[np.ndarray, np.ndarray
 
 
 def huber_objective(
-    theta: Float[np.ndarray, "parameters"],
-    log_n: Float[np.ndarray, "runs"],
-    log_d: Float[np.ndarray, "runs"],
-    losses: Float[np.ndarray, "runs"],
+    theta: Float[np.ndarray, " parameters"],
+    log_n: Float[np.ndarray, " runs"],
+    log_d: Float[np.ndarray, " runs"],
+    losses: Float[np.ndarray, " runs"],
     delta: float = 1e-3,
-) -> tuple[float, Float[np.ndarray, "parameters"]]:
+) -> tuple[float, Float[np.ndarray, " parameters"]]:
     """Sum of Huber losses of the log residuals and its gradient at theta, of five or six parameters; losses in logs."""
 
     def total(theta: Any) -> Any:

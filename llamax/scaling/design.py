@@ -171,8 +171,8 @@ def _expect_parametric(truth: Law, runs: Runs, noise: float, target: float, cost
 
 
 def huber_moments(
-    residual: Float[np.ndarray, "runs"], noise: float, delta: float = DELTA
-) -> tuple[Float[np.ndarray, "runs"], Float[np.ndarray, "runs"], Float[np.ndarray, "runs"]]:
+    residual: Float[np.ndarray, " runs"], noise: float, delta: float = DELTA
+) -> tuple[Float[np.ndarray, " runs"], Float[np.ndarray, " runs"], Float[np.ndarray, " runs"]]:
     """Of psi, the slope of Huber's function, at residual + normal noise: its mean, mean derivative, and variance.
 
     At residual 0, variance / derivative^2 / noise^2 is 1 for noise far below delta, pi/2 (the median's) far above.
@@ -189,8 +189,8 @@ def huber_moments(
 
 
 def with_slopes(
-    theta: Float[np.ndarray, "5"], x: Float[np.ndarray, "runs"], y: Float[np.ndarray, "runs"]
-) -> tuple[Float[np.ndarray, "runs"], Float[np.ndarray, "runs 5"]]:
+    theta: Float[np.ndarray, "5"], x: Float[np.ndarray, " runs"], y: Float[np.ndarray, " runs"]
+) -> tuple[Float[np.ndarray, " runs"], Float[np.ndarray, "runs 5"]]:
     """The log loss of theta = (a, b, e, alpha, beta), and its Jacobian."""
     a, b, e, alpha, beta = theta
     total = log_loss(np, theta, x, y)
@@ -324,6 +324,6 @@ def _valley_answers(runs: Runs, losses: np.ndarray, target: Scalar, cost: Cost) 
     return line.at(target), np.asarray(frontier_draws(log_c, heights).loss(target))
 
 
-def _middle(errors: Float[np.ndarray, "draws"]) -> tuple[float, float]:
+def _middle(errors: Float[np.ndarray, " draws"]) -> tuple[float, float]:
     low, middle, high = np.quantile(errors, [0.158655, 0.5, 0.841345])
     return float(middle), float(high - low) / 2

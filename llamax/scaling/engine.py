@@ -81,7 +81,7 @@ class Search:
     @classmethod
     def of(
         cls,
-        objectives: Float[np.ndarray, "starts"],
+        objectives: Float[np.ndarray, " starts"],
         objective: float,
         bounds_hit: tuple[str, ...],
         jacobian: Float[np.ndarray, "runs parameters"],
@@ -167,7 +167,7 @@ class Task:
         prior_centre: Float[np.ndarray, "members parameters"] | None = None,
         iterations: int = 1000,
         tolerance: float = 1e-13,
-    ) -> tuple[Float[np.ndarray, "members parameters"], Float[np.ndarray, "members"]]:
+    ) -> tuple[Float[np.ndarray, "members parameters"], Float[np.ndarray, " members"]]:
         """Descend from every start under its row of run `weights` (one row serves all; None counts every run once).
 
         Bounds, measured losses and the prior's centre may differ by member. Returns the coordinates and the minimised
@@ -212,7 +212,7 @@ class Task:
         return np.concatenate([u for u, _ in done]), np.concatenate([value for _, value in done])
 
     def describe(
-        self, u: Float[np.ndarray, "parameters"], weights: Float[np.ndarray, "runs"] | None = None
+        self, u: Float[np.ndarray, " parameters"], weights: Float[np.ndarray, "runs"] | None = None
     ) -> tuple[Float[np.ndarray, "runs"], Float[np.ndarray, "runs parameters"]]:
         """Measured less fitted, as the objective compares them, and the Jacobian of the fitted, at `u`."""
         data, extra = self._padded()
@@ -229,7 +229,7 @@ class Task:
             return float(huber(residuals, self.objective.delta).sum())
         return float(size.sum() if self.objective.method == "lad" else (size**2).sum())
 
-    def bounds_hit(self, u: Float[np.ndarray, "parameters"]) -> tuple[str, ...]:
+    def bounds_hit(self, u: Float[np.ndarray, " parameters"]) -> tuple[str, ...]:
         """Names of the coordinates of `u` that lie at a bound."""
         near = (u - self.lower < 1e-6) | (self.upper - u < 1e-6)
         return tuple(name for name, at in zip(self.names, near, strict=True) if at)

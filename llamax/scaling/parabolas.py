@@ -24,7 +24,7 @@ class Parabolas:
     solve: np.ndarray
     half: float
 
-    def derivatives(self) -> tuple[Float[np.ndarray, "runs"], Float[np.ndarray, "runs"]]:
+    def derivatives(self) -> tuple[Float[np.ndarray, " runs"], Float[np.ndarray, " runs"]]:
         """Of the first draw's vertex and height, by each run's loss."""
         _, c1, c2 = self.coefficients[0]
         at = -c1 / (2 * c2)
@@ -32,7 +32,7 @@ class Parabolas:
         return self.half * by_vertex, np.array([1.0, at, at**2]) @ self.solve
 
 
-def parabola(x: Float[np.ndarray, "runs"], losses: Float[np.ndarray, "draws runs"]) -> Parabolas:
+def parabola(x: Float[np.ndarray, " runs"], losses: Float[np.ndarray, "draws runs"]) -> Parabolas:
     """Fit every row of `losses` over log sizes `x`. Fewer than three distinct sizes: nothing is interior."""
     middle, half = (x.max() + x.min()) / 2, max(float(np.ptp(x)) / 2, 1e-12)
     u = (x - middle) / half

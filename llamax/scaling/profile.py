@@ -50,7 +50,7 @@ def rise_quantile(runs: int, parameters: int) -> float:
     return float(f.ppf(0.95, 1, max(runs - parameters, 1)))
 
 
-def chi_square_scale(task: Task, residuals: Float[np.ndarray, "runs"], parameters: int) -> float:
+def chi_square_scale(task: Task, residuals: Float[np.ndarray, " runs"], parameters: int) -> float:
     """2 E[psi'] / E[psi^2]: what turns a rise of the objective into a chi-square variable."""
     runs, size = len(residuals), np.abs(residuals)
     freedom = max(runs - parameters, 1) / runs  # the fit made the residuals too small
@@ -69,7 +69,7 @@ def chi_square_scale(task: Task, residuals: Float[np.ndarray, "runs"], parameter
 
 def profile(
     task: Task,
-    best: Float[np.ndarray, "parameters"],
+    best: Float[np.ndarray, " parameters"],
     objective: float,
     index: int,
     scale: float,
@@ -98,12 +98,12 @@ def profile(
 
 def rise_at(
     task: Task,
-    best: Float[np.ndarray, "parameters"],
+    best: Float[np.ndarray, " parameters"],
     objective: float,
     index: int,
     scale: float,
-    at: Float[np.ndarray, "points"],
-) -> Float[np.ndarray, "points"]:
+    at: Float[np.ndarray, " points"],
+) -> Float[np.ndarray, " points"]:
     """The statistic at fixed values of the coordinate `index`, every other one refitted from `best`."""
     starts = np.tile(best, (len(at), 1))
     lower, upper = (np.tile(ends, (len(at), 1)) for ends in (task.lower, task.upper))

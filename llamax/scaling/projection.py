@@ -85,7 +85,9 @@ class Projected:
     jacobian: np.ndarray
 
 
-def project(n: Float[np.ndarray, "runs"], d: Float[np.ndarray, "runs"], loss: Float[np.ndarray, "runs"]) -> Projected:
+def project(
+    n: Float[np.ndarray, " runs"], d: Float[np.ndarray, " runs"], loss: Float[np.ndarray, " runs"]
+) -> Projected:
     """The least-squares Chinchilla law of runs: `n` parameters, `d` tokens, `loss` nats per token, positive."""
     found, centre = _centred(n, d, loss)
     us, objectives = found.task.minimise(found.starts())
@@ -99,14 +101,14 @@ def project(n: Float[np.ndarray, "runs"], d: Float[np.ndarray, "runs"], loss: Fl
 
 
 def project_many(
-    n: Float[np.ndarray, "runs"],
-    d: Float[np.ndarray, "runs"],
-    loss: Float[np.ndarray, "runs"],
+    n: Float[np.ndarray, " runs"],
+    d: Float[np.ndarray, " runs"],
+    loss: Float[np.ndarray, " runs"],
     weights: Float[np.ndarray, "draws runs"],
     start: Law,
     *,
     losses: Float[np.ndarray, "draws runs"] | None = None,
-) -> tuple[ChinchillaLaw, Float[np.ndarray, "draws"]]:
+) -> tuple[ChinchillaLaw, Float[np.ndarray, " draws"]]:
     """The law of every row of run weights, from the exponents of the law `start`: fields `[draws]`, and objectives."""
     found, centre = _centred(n, d, loss)
     begin = found.inside(np.array([[float(v) for v in vars(start).values()]]))

@@ -24,7 +24,7 @@ MEMORY = 0.999  # lambda of the annealing law, as in the paper
 
 
 def annealing_columns(
-    lr: Float[np.ndarray, "steps"], at: Sequence[int] | np.ndarray, *, warmup: int = 0, memory: float = MEMORY
+    lr: Float[np.ndarray, " steps"], at: Sequence[int] | np.ndarray, *, warmup: int = 0, memory: float = MEMORY
 ) -> dict[str, np.ndarray]:
     """`s1` and `s2` after the steps `at` (0 = after the first step) of a run whose step i had learning rate `lr[i]`.
 
@@ -43,7 +43,7 @@ def annealing_columns(
 
 
 def power_columns(
-    lr: Float[np.ndarray, "steps"], at: Sequence[int] | np.ndarray, *, warmup: int = 0, most: int | None = None
+    lr: Float[np.ndarray, " steps"], at: Sequence[int] | np.ndarray, *, warmup: int = 0, most: int | None = None
 ) -> dict[str, np.ndarray]:
     """Columns of the multi-power law after the steps `at`: `s1 [runs]`; `lr_drop, lr_then, lr_since [runs, changes]`.
 

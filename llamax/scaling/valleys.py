@@ -37,8 +37,8 @@ def least_sizes(vertex: Vertex) -> int:
 
 
 def fit_valleys(
-    x: Float[np.ndarray, "runs"],
-    y: Float[np.ndarray, "runs"] | Float[np.ndarray, "draws runs"],
+    x: Float[np.ndarray, " runs"],
+    y: Float[np.ndarray, " runs"] | Float[np.ndarray, "draws runs"],
     weights: Float[np.ndarray, "draws runs"],
     vertex: Vertex = "parabola",
 ) -> Valleys:

@@ -71,7 +71,7 @@ class HuggingFaceTokenizer:
 
     def encode(
         self, text: str, *, bos: bool = False, specials: bool = False, start: bool = True
-    ) -> Int32[np.ndarray, tokens]:
+    ) -> Int32[np.ndarray, " tokens"]:
         self._tokenizer.encode_special_tokens = not specials
         try:
             ids = self._plain(text) if start or not self._anchor else self._continued(text)

@@ -16,7 +16,7 @@ PREFIX, SUFFIX, MIDDLE, END = ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>", "\u2
 
 def infill_ids(
     tokenizer: Tokenizer, prefix: str, suffix: str, order: Literal["psm", "spm"] = "psm"
-) -> Int32[np.ndarray, tokens]:
+) -> Int32[np.ndarray, " tokens"]:
     """The prompt whose continuation, up to `infill_end`, goes between `prefix` and `suffix`.
 
     `psm`: begin PRE prefix SUF suffix MID. `spm`: begin PRE SUF suffix MID prefix, which lets the middle go on in the

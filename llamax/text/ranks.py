@@ -67,7 +67,7 @@ class RankTokenizer:
 
     def encode(
         self, text: str, *, bos: bool = False, specials: bool = False, start: bool = True
-    ) -> Int32[np.ndarray, tokens]:
+    ) -> Int32[np.ndarray, " tokens"]:
         ids = pieces(text, self.specials if specials else {}, self._plain)
         return ids_of([self.bos_id, *ids] if bos else ids)
 

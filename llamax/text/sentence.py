@@ -83,7 +83,7 @@ class SentencePieceTokenizer:
 
     def encode(
         self, text: str, *, bos: bool = False, specials: bool = False, start: bool = True
-    ) -> Int32[np.ndarray, tokens]:
+    ) -> Int32[np.ndarray, " tokens"]:
         begin = [self.bos_id] if bos and self.bos_id is not None else []
         if not specials:
             ids = self._encode(text, start)
@@ -98,7 +98,7 @@ class SentencePieceTokenizer:
             mixed.append(i)
         return ids_of(mixed)
 
-    def _encode(self, text: str, start: bool) -> Int32[np.ndarray, tokens]:
+    def _encode(self, text: str, start: bool) -> Int32[np.ndarray, " tokens"]:
         first = self._pieces if start else self._after
         if self._literal is None or self.SPACE not in text:
             return self._encode_chunks(first, text)
@@ -108,7 +108,7 @@ class SentencePieceTokenizer:
             parts += [self._literal, self._encode_chunks(self._after, part)]
         return np.concatenate(parts)
 
-    def _encode_chunks(self, first: Any, text: str) -> Int32[np.ndarray, tokens]:
+    def _encode_chunks(self, first: Any, text: str) -> Int32[np.ndarray, " tokens"]:
         """`text` encoded by `first`, in chunks where that gives the same tokens."""
         if not self._cuts or len(text) <= CHUNK:
             return first.encode_as_numpy(text)

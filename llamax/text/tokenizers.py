@@ -29,7 +29,7 @@ class Tokenizer(Protocol):
 
     def encode(
         self, text: str, *, bos: bool = False, specials: bool = False, start: bool = True
-    ) -> Int32[np.ndarray, tokens]:
+    ) -> Int32[np.ndarray, " tokens"]:
         """The ids of `text`, after `bos_id` where `bos` is set and there is one.
 
         The names of special tokens in a text are text, unless `specials` makes them those tokens. `start=False` is
@@ -66,7 +66,7 @@ class ByteTokenizer:
 
     def encode(
         self, text: str, *, bos: bool = False, specials: bool = False, start: bool = True
-    ) -> Int32[np.ndarray, tokens]:
+    ) -> Int32[np.ndarray, " tokens"]:
         if not specials:
             return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
         return ids_of(pieces(text, self.specials, lambda part: list(part.encode("utf-8"))))
@@ -101,7 +101,7 @@ def pieces(text: str, specials: Mapping[str, int], plain: Any) -> Iterator[int]:
             yield from plain(part)
 
 
-def ids_of(ids: Any) -> Int32[np.ndarray, tokens]:
+def ids_of(ids: Any) -> Int32[np.ndarray, " tokens"]:
     """Ids as an array."""
     return np.array(list(ids), np.int32)
 
