@@ -3,6 +3,7 @@ folder."""
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -14,6 +15,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 for _flag in flags(devices=8).split():
     if _flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
+# As the command line does: what tracing makes lives on, and looking for garbage in it was a tenth of the time of tests.
+gc.set_threshold(100_000)
 os.environ["LLAMAX_CACHE"] = tempfile.mkdtemp(prefix="llamax-test-cache-")
 
 import pytest  # noqa: E402

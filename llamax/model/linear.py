@@ -63,10 +63,7 @@ def contract(x: Array, w: Array, inputs: int, compute: str) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _contract(x: Array, w: Array, inputs: int, compute: str) -> Array:
     dims = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
-
-    def many(x: Array, w: Array) -> Array:
-        return _general(x, w, dims, compute, x.dtype)
-
+    many = functools.partial(_general, dims=dims, compute=compute, out=x.dtype)
     if compute == "float8" or math.prod(x.shape[: x.ndim - inputs]) > 1:
         return many(x, w)
     one = functools.partial(_one_row, inputs=inputs, compute=compute)
@@ -105,16 +102,11 @@ def dot(a: Array, b: Array, dims: tuple[Contracted, Contracted], out: jnp.dtype)
     Accelerators sum in float32 whatever type a result has, and a float32 result would be written and read once more;
     CPUs have their fast path, and exact sums, for float32 results only.
     """
-
-    def wide(a: Array, b: Array) -> Array:
-        return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32).astype(out)
-
-    def direct(a: Array, b: Array) -> Array:
-        return jax.lax.dot_general(a, b, dims, preferred_element_type=out)
-
+    wide = functools.partial(jax.lax.dot_general, dimension_numbers=dims, preferred_element_type=jnp.float32)
     if jnp.float32 in (jnp.dtype(out), a.dtype):
-        return wide(a, b)
-    return jax.lax.platform_dependent(a, b, cpu=wide, default=direct)
+        return wide(a, b).astype(out)
+    direct = functools.partial(jax.lax.dot_general, dimension_numbers=dims, preferred_element_type=out)
+    return jax.lax.platform_dependent(a, b, cpu=lambda a, b: wide(a, b).astype(out), default=direct)
 
 
 def quantize(x: Float[Array, "*shape"], dtype: str) -> tuple[Float[Array, "*shape"], Float[Array, ""]]:
@@ -138,9 +130,7 @@ def _backward(inputs: int, compute: str, saved: tuple[Array, Array], g: Array) -
         g, w, (tuple(range(batch, batch + outputs)), tuple(range(inputs, w.ndim))), compute, x.dtype, (E5M2, E4M3)
     )
     rows = tuple(range(batch)), tuple(range(batch))
-
-    def direct(x: Array, g: Array) -> Array:
-        return _general(x, g, rows, compute, w.dtype, (E4M3, E5M2))
+    direct = functools.partial(_general, dims=rows, compute=compute, out=w.dtype, formats=(E4M3, E5M2))
 
     def narrow_first(x: Array, g: Array) -> Array:
         # The barrier keeps the compiler from turning the product, in bfloat16 into one that its CPU runtime cannot run.
