@@ -13,7 +13,7 @@ from llamax.data.format import Split, Store
 from llamax.data.permutation import shuffled
 from llamax.errors import UserError
 
-Draws = Int64[np.ndarray, "batch"]
+Draws = Int64[np.ndarray, " batch"]
 Rows = Callable[[int, np.ndarray], np.ndarray]
 SHARES = 1 << 20  # mixture weights as integers that add up to this
 

@@ -1,27 +1,12 @@
-"""One builder at a time in a folder, and a full disk in words."""
+"""A full disk in words."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from llamax.errors import UserError
-
-
-@contextmanager
-def locked(folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Holds `folder`'s lock; calls `waiting()` first if another process has it. The lock ends with the process."""
-    import fcntl
-
-    with open(folder / ".lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager

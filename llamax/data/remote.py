@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from llamax.config.files import cache_dir
-from llamax.data.files import disk_errors, locked
+from llamax.data.files import disk_errors
 from llamax.data.format import file_digest, read_manifest
 from llamax.errors import UserError
 from llamax.storage.bucket import Bucket, Conflict, Missing, open_bucket
+from llamax.storage.files import clear_leftovers, locked
 from llamax.storage.places import address, is_address, parts
 
 MANIFEST = "manifest.json"
@@ -40,8 +41,11 @@ def fetched(path: str | Path) -> Path:
     folder = cache_dir() / "stores" / f"bucket-{hashlib.sha256(text).hexdigest()[:16]}"
     with disk_errors(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder, waiting=lambda: print(f"waiting for another fetch of {where}", file=sys.stderr)):
+        waiting = f"waiting for another fetch of {where}"
+        with locked(folder / ".lock", lambda: print(waiting, file=sys.stderr)) as alone:
             if not (folder / MANIFEST).exists():
+                if alone:
+                    clear_leftovers(folder)
                 _fetch(bucket, prefix, where, text, folder)
     return folder
 

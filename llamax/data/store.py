@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from llamax.config import run as config
-from llamax.data.files import disk_errors, locked
+from llamax.data.files import disk_errors
 from llamax.data.format import (
     FORMAT,
     SPLITS,
@@ -47,7 +47,7 @@ from llamax.data.sources import Listing, list_source
 from llamax.data.split import fates, parts
 from llamax.errors import UserError
 from llamax.mesh.cpu import cores
-from llamax.storage.files import replacing
+from llamax.storage.files import clear_leftovers, locked, replacing
 from llamax.text.open import load_tokenizer
 from llamax.text.sentence import SAMPLE_BYTES, SentencePieceTokenizer, train_sentencepiece
 from llamax.text.tokenizers import Tokenizer
@@ -82,8 +82,10 @@ def build_store(
     report = progress or (lambda label, done, total: None)
     with disk_errors(str(out)):
         _prepare(out)
-        with locked(out, waiting=lambda: report("waiting for another build of this store", 0, 1)):
+        with locked(out / ".lock", waiting=lambda: report("waiting for another build of this store", 0, 1)) as alone:
             if not (out / "manifest.json").exists():
+                if alone:
+                    clear_leftovers(out)
                 plan = _Plan(corpus, tokenizer, tuple(listings), key, out, shard_bytes)
                 _build(plan, workers or _worker_count(plan), report)
     if read_manifest(out)["key"] != key:

@@ -12,7 +12,7 @@ from llamax.errors import UserError
 from llamax.report.branching import BRANCHING, TRAINED, branching, saving
 from llamax.report.read import cells_by_directory, find_runs, flatten, number, read_lines, read_object
 from llamax.storage.copies import at_hand
-from llamax.storage.files import replacing
+from llamax.storage.files import arriving
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -134,7 +134,7 @@ def save_ledger(frame: pd.DataFrame, file: str | Path) -> Path:
         raise UserError(f"{file}: unknown kind of table {file.suffix!r}; give a name ending in .csv or .parquet")
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with replacing(file, durable=False) as part:
+        with arriving(file) as part:
             if file.suffix == ".csv":
                 frame.to_csv(part, index=False)
             else:

@@ -212,8 +212,8 @@ class Task:
         return np.concatenate([u for u, _ in done]), np.concatenate([value for _, value in done])
 
     def describe(
-        self, u: Float[np.ndarray, " parameters"], weights: Float[np.ndarray, "runs"] | None = None
-    ) -> tuple[Float[np.ndarray, "runs"], Float[np.ndarray, "runs parameters"]]:
+        self, u: Float[np.ndarray, " parameters"], weights: Float[np.ndarray, " runs"] | None = None
+    ) -> tuple[Float[np.ndarray, " runs"], Float[np.ndarray, "runs parameters"]]:
         """Measured less fitted, as the objective compares them, and the Jacobian of the fitted, at `u`."""
         data, extra = self._padded()
         weights = np.ones(self.runs) if weights is None else weights
@@ -222,7 +222,7 @@ class Task:
             residual, jacobian = _describe(self.predict, self._spaces, u, np.pad(weights, (0, extra)), observed, data)
         return -np.asarray(residual)[: self.runs], np.asarray(jacobian)[: self.runs]
 
-    def value(self, residuals: Float[np.ndarray, "runs"]) -> float:
+    def value(self, residuals: Float[np.ndarray, " runs"]) -> float:
         """The objective of residuals, every run counted once, without the prior."""
         size = np.abs(residuals)
         if self.objective.method == "huber":

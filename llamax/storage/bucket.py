@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
 from llamax.errors import UserError
-from llamax.storage.files import beside
+from llamax.storage.files import arriving
 from llamax.storage.places import parts
 
 T = TypeVar("T")
@@ -145,22 +145,20 @@ class Bucket:
         """Put a file of any size at `key`. Raises OSError if the file cannot be read."""
         self._tried(key, "written", lambda: self._client.upload(key, path))
 
-    def download(self, key: str, path: Path) -> os.stat_result:
-        """Fetch an object of any size into a file that appears when it is whole; what it then looked like.
+    def fetch(self, key: str, file: Path) -> None:
+        """Fetch an object of any size into a file of the caller's, which may hold a part if this raises.
 
         Raises:
             Missing: no such object.
             OSError: the disk's.
         """
+        self._tried(key, "read", lambda: self._client.download(key, file))
+
+    def download(self, key: str, path: Path) -> None:
+        """Fetch an object of any size into a file that appears when it is whole. Raises Missing, or OSError."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = beside(path)
-        try:
-            self._tried(key, "read", lambda: self._client.download(key, temporary))
-            stat = temporary.stat()  # not of `path`, which another process may have replaced or dropped by then
-            os.replace(temporary, path)
-            return stat
-        finally:
-            temporary.unlink(missing_ok=True)
+        with arriving(path) as file:
+            self.fetch(key, file)
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete objects, in order; one that is not there is no error."""

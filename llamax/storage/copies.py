@@ -14,14 +14,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from llamax.errors import UserError
 from llamax.storage.bucket import ABSENT, Conflict, Missing, Object, open_bucket
-from llamax.storage.files import write_atomic
-from llamax.storage.places import address, address_of, is_address, is_staged, notes_of, parts, view_of
+from llamax.storage.files import arriving, locked, write_atomic
+from llamax.storage.places import address, address_of, is_address, is_staged, notes_of, notes_root, parts, view_of
 
 T = TypeVar("T")
 THREADS = 16
@@ -86,10 +86,14 @@ class Copy:
         Raises:
             Conflict: somebody else wrote it since.
         """
-        path, note = self.local / name, self.note(name)
-        try:
-            stat, data = path.stat(), path.read_bytes()  # in this order: what is written after the look is sent later
-        except FileNotFoundError:
+        path = self.local / name
+        with self._alone():
+            note = self.note(name)
+            try:
+                stat, data = path.stat(), path.read_bytes()  # in this order: what is written later is sent later
+            except FileNotFoundError:
+                data = None
+        if data is None:
             return self.remove(name)
         if name.endswith(".jsonl"):
             data = data[: data.rfind(b"\n") + 1]
@@ -116,6 +120,12 @@ class Copy:
 
     def differs(self, name: str) -> bool:
         """Whether a file was changed here since it was fetched or sent."""
+        if not self._disagrees(name):
+            return False
+        with self._alone():  # not in the middle of somebody's fetch
+            return self._disagrees(name)
+
+    def _disagrees(self, name: str) -> bool:
         note = self.note(name)
         with suppress(OSError):
             stat = (self.local / name).stat()
@@ -154,14 +164,25 @@ class Copy:
     def _fetch(self, name: str, item: Object) -> None:
         path = self.local / name
         try:
-            stat = self.bucket.download(item.key, path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with ExitStack() as together:
+                with arriving(path) as file:
+                    self.bucket.fetch(item.key, file)
+                    together.enter_context(self._alone())  # until the note is written, also where two fetch at once
+                    stat = file.stat()
+                self._keep(name, Note(item.version, stat.st_size, stat.st_mtime_ns))
         except Missing:  # deleted since the listing
             return
         except OSError as error:
             raise UserError(
                 f"{path}: cannot be written: {error.strerror}; a copy of {self.address} goes there"
             ) from None
-        self._keep(name, Note(item.version, stat.st_size, stat.st_mtime_ns))
+
+    def _alone(self) -> AbstractContextManager[bool]:
+        """Nobody else puts a file and its note in place, or takes them away, meanwhile."""
+        root = notes_root()
+        root.mkdir(parents=True, exist_ok=True)
+        return locked(root / ".lock")
 
     def _keep(self, name: str, note: Note) -> None:
         path = self._note_path(name)
@@ -169,9 +190,10 @@ class Copy:
         write_atomic(path, json.dumps(note), durable=False)
 
     def _drop(self, name: str) -> None:
-        self._note_path(name).unlink(missing_ok=True)
         path = self.local / name
-        path.unlink(missing_ok=True)
+        with self._alone():
+            self._note_path(name).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         if path.name == DIGESTS and path.parent.parent.name == CHECKPOINTS:
             shutil.rmtree(path.parent, ignore_errors=True)
 

@@ -1,17 +1,37 @@
-"""Files that are whole or absent, whoever else on this machine or another writes them at the same time."""
+"""Files that are whole or absent, whoever else on this machine or another writes them at the same time; locks."""
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+SUFFIX, SHOWN = ".tmp", 40  # characters of a name that are kept in a temporary one: file systems allow 255 bytes
+
 
 def beside(path: Path) -> Path:
     """A new hidden name in the folder of `path`: by chance, as pods that share a disk often share a process id."""
-    return path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
+    return path.with_name(f".{path.name[:SHOWN]}.{os.urandom(8).hex()}{SUFFIX}")
+
+
+@contextmanager
+def arriving(path: Path) -> Iterator[Path]:
+    """The name of a file to be made, which takes the place of `path` once the block ends without an error.
+
+    Raises:
+        OSError: the disk's; the old file is untouched.
+    """
+    temporary = beside(path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 @contextmanager
@@ -23,18 +43,11 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     Raises:
         OSError: the disk's; the old file is untouched.
     """
-    temporary = beside(path)
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+    with arriving(path) as temporary, open(temporary, "xb") as file:
+        yield file
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     if durable:
         sync_folder(path.parent)
 
@@ -45,6 +58,13 @@ def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
         file.write(text.encode())
 
 
+def clear_leftovers(folder: Path) -> None:
+    """Delete what killed processes left of files in and below `folder`, where nobody else may be writing."""
+    for path in folder.rglob(f".*{SUFFIX}"):
+        with suppress(OSError):
+            path.unlink()
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` durable, on file systems that can."""
     with suppress(OSError):
@@ -53,3 +73,25 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextmanager
+def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[bool]:
+    """Holds the lock that the file `path` stands for, against threads too; calls `waiting()` first if another has it.
+
+    The lock ends with the process. Yields False on a file system without locks, which keeps nobody out.
+    """
+    with open(path, "a") as file:
+        held = True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            held = False
+        try:
+            yield held
+        finally:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)  # closing would not do: a child forked meanwhile has it open too

@@ -56,7 +56,12 @@ def staging_of(path: str | Path) -> Path:
 
 def notes_of(path: Path) -> Path:
     """Where the versions of the files of a view or a staging folder are noted."""
-    return _root(NOTES) / path.absolute().relative_to(cache_dir().absolute())
+    return notes_root() / path.absolute().relative_to(cache_dir().absolute())
+
+
+def notes_root() -> Path:
+    """Where all notes are."""
+    return _root(NOTES)
 
 
 def address_of(path: str | Path) -> str | None:

@@ -11,11 +11,10 @@ A study in a bucket is its view in the cache: what is written there is published
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +27,7 @@ from llamax.config.run import RunConfig
 from llamax.config.sweep import SweepConfig
 from llamax.errors import UserError
 from llamax.storage.copies import publish
-from llamax.storage.files import write_atomic
+from llamax.storage.files import locked, write_atomic
 from llamax.sweep.plan import Cell, Plan, load_plan, save_plan
 from llamax.train.run_dir import CHECKPOINTS
 
@@ -40,7 +39,7 @@ def open_study(study: Path, plan: Plan) -> Plan:
         UserError: the directory holds a study of another spec, or its cells resolved otherwise; names the fields.
     """
     study.mkdir(parents=True, exist_ok=True)
-    with _locked(study):
+    with locked(study / ".plan.lock"):
         if (study / "study.yaml").exists():
             _same_spec(study, plan.spec)
         if (study / "plan.json").exists():
@@ -73,7 +72,7 @@ def add_cells(study: Path, cells: Sequence[Cell]) -> Plan:
     Raises:
         UserError: a cell of that name with another config.
     """
-    with _locked(study):
+    with locked(study / ".plan.lock"):
         plan = read_study(study)
         known = {cell.name: cell for cell in plan.cells}
         new = []
@@ -217,13 +216,3 @@ def _same_cells(study: Path, plan: Plan) -> Plan:
 def _differences(old: Cell, new: Cell) -> str:
     changed = diff(old.config.as_dict(), new.config.as_dict())
     return "; ".join(f"{name}: {a!r} there, {b!r} now" for name, a, b in changed[:4])
-
-
-@contextlib.contextmanager
-def _locked(study: Path) -> Iterator[None]:
-    """One process at a time changes the plan."""
-    import fcntl
-
-    with (study / ".plan.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from llamax.config.run import Bytes, Corpus, SentencePiece
-from llamax.data import files, shards, store
+from llamax.data import shards, store
 from llamax.data.store import Store, build_store, inspect_store, verify_store
 from llamax.errors import UserError
+from llamax.storage.files import beside, locked
 from tests.data.corpora import corpus, of_folder, small_store, text, write_texts
 
 
@@ -250,7 +251,7 @@ def test_the_second_builder_waits_then_opens(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    with files.locked(out, waiting=lambda: pytest.fail("nobody else has the lock")):
+    with locked(out / ".lock", waiting=lambda: pytest.fail("nobody else has the lock")):
         second = subprocess.Popen(
             [sys.executable, "-c", BUILD, str(tmp_path / "text"), str(out)], env=env, stdout=subprocess.PIPE, text=True
         )
@@ -290,7 +291,10 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UserError, match="no space left on the disk; free some and run again"):
             build_store(of_folder(folder), Bytes(), tmp_path / "store")
     assert not list((tmp_path / "store").rglob("*.tmp"))
+    for place in (tmp_path / "store", next((tmp_path / "store" / ".build").iterdir())):
+        beside(place / "of a build that was killed").touch()
     assert build_store(of_folder(folder), Bytes(), tmp_path / "store").tokens("train") > 0
+    assert not list((tmp_path / "store").rglob(".*.tmp"))
 
 
 # ---------------------------------------------------------------- bad corpora and places

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import signal
+import stat
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +15,7 @@ import pytest
 
 from llamax.storage.bucket import open_bucket
 from llamax.storage.copies import Copy
-from llamax.storage.files import beside, replacing, write_atomic
+from llamax.storage.files import beside, clear_leftovers, locked, replacing, write_atomic
 from llamax.storage.places import view_of
 
 
@@ -47,6 +51,22 @@ def test_what_the_disk_says_is_raised_and_nothing_stays(tmp_path: Path, monkeypa
     assert (tmp_path / "a").read_text() == "new"
 
 
+def test_the_order_that_survives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes, then the name, then the folder that holds the name."""
+    done: list[str] = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (done.append(_kind(handle)), sync(handle)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("name"), replace(a, b)))
+    write_atomic(tmp_path / "a", "x")
+    assert done == ["file", "name", "folder"]
+    write_atomic(tmp_path / "a", "y", durable=False)
+    assert done[3:] == ["name"]
+
+
+def _kind(handle: int) -> str:
+    return "folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file"
+
+
 def test_a_new_file_has_the_rights_of_any_new_file(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     write_atomic(tmp_path / "a", "")
@@ -71,18 +91,85 @@ def test_many_who_write_one_file_each_write_it_whole(tmp_path: Path) -> None:
 
 
 def test_threads_that_refresh_one_copy_do_not_disturb_each_other(bucket: str) -> None:
+    """And see no change that nobody made, for which a command that only reads would write to the bucket."""
     there, _ = open_bucket(bucket)
-    for name in range(4):
-        there.write(f"s/{name}", b"x" * 100)
     gate = threading.Barrier(6, timeout=60)
+    copies = [Copy(view_of(f"{bucket}/s"), f"{bucket}/s") for _ in range(6)]
 
-    def refresh(_: int) -> None:
-        for _ in range(5):
-            gate.wait()
-            copy = Copy(view_of(f"{bucket}/s"), f"{bucket}/s")
-            copy.pull(copy.objects())
-            gate.wait()
-            copy.forget_notes()
+    def refresh(copy: Copy) -> None:
+        try:
+            for turn in range(10):
+                if gate.wait() == 0:
+                    for name in range(4):
+                        there.write(f"s/{name}", f"{turn}".encode())
+                copy.pull(copy.objects())  # the one who writes may be met in the middle: versions differ
+                gate.wait()
+                copy.pull(copy.objects())
+                gate.wait()
+                assert copy.changed() == []
+                assert [(copy.local / str(name)).read_text() for name in range(4)] == [str(turn)] * 4
+        except BaseException:
+            gate.abort()
+            raise
 
     with ThreadPoolExecutor(6) as pool:
-        list(pool.map(refresh, range(6)))
+        errors = [future.exception() for future in [pool.submit(refresh, copy) for copy in copies]]
+    assert [error for error in errors if not isinstance(error, threading.BrokenBarrierError | None)] == []
+
+
+def test_a_lock_keeps_threads_out_and_says_so(tmp_path: Path) -> None:
+    inside, most, waited = [0], [0], threading.Event()
+
+    def enter(_: int) -> None:
+        for _ in range(20):
+            with locked(tmp_path / ".lock", waiting=waited.set):
+                inside[0] += 1
+                most[0] = max(most[0], inside[0])
+                time.sleep(0.0005)
+                inside[0] -= 1
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(enter, range(4)))
+    assert (most[0], waited.is_set()) == (1, True)
+
+
+def test_without_locks_nobody_is_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    with locked(tmp_path / ".lock") as held:
+        assert held
+        monkeypatch.setattr(fcntl, "flock", none)
+        with locked(tmp_path / ".lock") as held:
+            assert not held
+
+
+def test_a_lock_ends_with_its_block_though_a_child_has_its_file_open(tmp_path: Path) -> None:
+    with locked(tmp_path / ".lock"):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with locked(tmp_path / ".lock", waiting=lambda: pytest.fail("still held")):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_leftovers_of_the_killed_are_cleared(tmp_path: Path) -> None:
+    for name in ("kept", ".kept", "kept.tmp"):
+        (tmp_path / name).touch()
+    (tmp_path / "inner").mkdir()
+    for lost in (tmp_path / "lost", tmp_path / "inner" / "lost"):
+        beside(lost).touch()
+    clear_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".kept", "inner", "kept", "kept.tmp"]
+    assert os.listdir(tmp_path / "inner") == []
+
+
+def test_names_as_long_as_the_disk_allows(tmp_path: Path) -> None:
+    path = tmp_path / ("ä" * 127)  # 254 bytes of 255
+    write_atomic(path, "x")
+    assert path.read_text() == "x"
