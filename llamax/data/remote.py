@@ -42,10 +42,9 @@ def fetched(path: str | Path) -> Path:
     with disk_errors(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
         waiting = f"waiting for another fetch of {where}"
-        with locked(folder / ".lock", lambda: print(waiting, file=sys.stderr)) as alone:
+        with locked(folder / ".lock", lambda: print(waiting, file=sys.stderr)):
             if not (folder / MANIFEST).exists():
-                if alone:
-                    clear_leftovers(folder)
+                clear_leftovers(folder)
                 _fetch(bucket, prefix, where, text, folder)
     return folder
 

@@ -82,10 +82,9 @@ def build_store(
     report = progress or (lambda label, done, total: None)
     with disk_errors(str(out)):
         _prepare(out)
-        with locked(out / ".lock", waiting=lambda: report("waiting for another build of this store", 0, 1)) as alone:
+        with locked(out / ".lock", waiting=lambda: report("waiting for another build of this store", 0, 1)):
             if not (out / "manifest.json").exists():
-                if alone:
-                    clear_leftovers(out)
+                clear_leftovers(out)
                 plan = _Plan(corpus, tokenizer, tuple(listings), key, out, shard_bytes)
                 _build(plan, workers or _worker_count(plan), report)
     if read_manifest(out)["key"] != key:

@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -178,11 +178,15 @@ class Copy:
                 f"{path}: cannot be written: {error.strerror}; a copy of {self.address} goes there"
             ) from None
 
-    def _alone(self) -> AbstractContextManager[bool]:
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
         """Nobody else puts a file and its note in place, or takes them away, meanwhile."""
         root = notes_root()
         root.mkdir(parents=True, exist_ok=True)
-        return locked(root / ".lock")
+        with ExitStack() as held:
+            with suppress(UserError):  # a cache without locks works too, but for the rare meeting
+                held.enter_context(locked(root / ".lock"))
+            yield
 
     def _keep(self, name: str, note: Note) -> None:
         path = self._note_path(name)

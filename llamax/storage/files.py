@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from llamax.errors import UserError
+
 SUFFIX, SHOWN = ".tmp", 40  # characters of a name that are kept in a temporary one: file systems allow 255 bytes
 
 
@@ -76,22 +78,26 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[bool]:
+def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Holds the lock that the file `path` stands for, against threads too; calls `waiting()` first if another has it.
 
-    The lock ends with the process. Yields False on a file system without locks, which keeps nobody out.
+    The lock ends with the process.
+
+    Raises:
+        OSError: `path` cannot be opened.
+        UserError: its file system has no locks.
     """
     with open(path, "a") as file:
-        held = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             waiting()
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            held = False
+        except OSError as error:
+            words = "use a folder elsewhere, or mount this one with locks (Lustre: -o flock)"
+            raise UserError(f"{path}: its file system has no locks ({error.strerror}); {words}") from None
         try:
-            yield held
+            yield
         finally:
             with suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_UN)  # closing would not do: a child forked meanwhile has it open too

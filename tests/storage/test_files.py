@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from llamax.errors import UserError
 from llamax.storage.bucket import open_bucket
 from llamax.storage.copies import Copy
 from llamax.storage.files import beside, clear_leftovers, locked, replacing, write_atomic
@@ -133,15 +134,19 @@ def test_a_lock_keeps_threads_out_and_says_so(tmp_path: Path) -> None:
     assert (most[0], waited.is_set()) == (1, True)
 
 
-def test_without_locks_nobody_is_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_locks_one_message_and_copies_work(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def none(*_: object) -> None:
         raise OSError(38, "Function not implemented")
 
-    with locked(tmp_path / ".lock") as held:
-        assert held
-        monkeypatch.setattr(fcntl, "flock", none)
-        with locked(tmp_path / ".lock") as held:
-            assert not held
+    open_bucket(bucket)[0].write("s/a", b"1")
+    monkeypatch.setattr(fcntl, "flock", none)
+    with pytest.raises(UserError, match=r"\.lock: its file system has no locks \(Function .*; use a folder elsewhere"):
+        locked(tmp_path / ".lock").__enter__()
+    copy = Copy(view_of(f"{bucket}/s"), f"{bucket}/s")
+    copy.pull(copy.objects())
+    assert ((copy.local / "a").read_bytes(), copy.changed()) == (b"1", [])
 
 
 def test_a_lock_ends_with_its_block_though_a_child_has_its_file_open(tmp_path: Path) -> None:
